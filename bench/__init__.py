@@ -1,0 +1,1 @@
+"""How fast the operators are: `python -m bench.bench_<op>`, one file an op."""

@@ -1,0 +1,21 @@
+"""score_anchors against the usual formulation, which stores all N x N cosines."""
+
+from bench.harness import main
+from restore_ext import reference, score_anchors
+from restore_ext.testing.tokens import TokenCase, check_score_anchors
+
+
+class Case(TokenCase):
+    def arguments(self, device, dtype):
+        return {"x": self.x(device, dtype)}
+
+
+def plain_torch(x):
+    return reference.score_anchors(x.float())
+
+
+CASES = [Case(), Case(C=4096), Case(B=4, N=196, C=768)]
+
+if __name__ == "__main__":
+    providers = {"plain torch": plain_torch, "restore_ext": score_anchors}
+    main("score_anchors", CASES, providers, check_score_anchors)

@@ -1,0 +1,152 @@
+"""Measures what every way of reducing tokens costs the built-in model in accuracy.
+
+    python -m bench.eval_pocket            asks all questions; goes on where it was interrupted
+    python -m bench.eval_pocket --table    writes the table into README.md, from the answers kept
+
+The answers are kept in bench/results/pocket_eval.json, question by question, so that more questions
+or configurations only add to them. Answers of other weights are not mixed: they are asked anew.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tqdm import tqdm
+
+from restore_ext.cli.load import quiet
+from restore_ext.pocket import load_pocket
+from restore_ext.pocket.eval import Right, configurations, evaluate
+from restore_ext.pocket.model import FOLDER
+from restore_ext.pocket.table import markdown
+
+RESULTS = Path("bench/results/pocket_eval.json")
+README = Path("README.md")
+BEGIN, END = "<!-- pocket-table:begin -->", "<!-- pocket-table:end -->"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.eval_pocket", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--questions", type=int, default=2048)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--only", default="", help="configurations whose name has this in it")
+    parser.add_argument("--backend", choices=["op", "mask"], default="op")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--fresh", action="store_true", help="forget the answers kept")
+    parser.add_argument("--table", action="store_true", help="write the table, ask nothing")
+    parser.add_argument("--readme", type=Path, default=README)
+    a = parser.parse_args(argv)
+    if a.table:
+        write_table(a.results, a.readme)
+        return
+    quiet()
+    right = {} if a.fresh else kept(a.results)
+    model, processor = load_pocket()
+    chosen = [c for c in configurations() if a.only in c.name]
+    start = time.perf_counter()
+    with tqdm(total=a.questions, unit="question") as bar:
+
+        def after_batch(right: Right, questions: int) -> None:
+            save(a.results, right, a)
+            bar.update(questions)
+
+        evaluate(
+            model,
+            processor,
+            a.questions,
+            chosen,
+            right=right,
+            batch=a.batch,
+            backend=a.backend,
+            after_batch=after_batch,
+        )
+    print(f"{len(chosen)} configurations, {time.perf_counter() - start:.0f} s: {a.results}")
+
+
+def kept(results: Path) -> Right:
+    """The answers in `results`, if they are these weights' answers."""
+    if not results.is_file():
+        return {}
+    content = json.loads(results.read_text())
+    if content["made"]["weights"] != fingerprint():
+        print(f"{results} is of other weights: starting anew")
+        return {}
+    return {name: unpack(row["right"], row["questions"]) for name, row in content["rows"].items()}
+
+
+def save(results: Path, right: Right, a: argparse.Namespace) -> None:
+    """Writes the answers whole or not at all."""
+    rows = {
+        name: {
+            "accuracy": round(sum(answers) / len(answers), 4),
+            "questions": len(answers),
+            "right": pack(answers),
+        }
+        for name, answers in right.items()
+    }
+    results.parent.mkdir(parents=True, exist_ok=True)
+    new = results.with_suffix(".new")
+    new.write_text(json.dumps({"made": made(a), "rows": rows}, indent=1) + "\n")
+    os.replace(new, results)
+
+
+def made(a: argparse.Namespace) -> dict[str, Any]:
+    """With what the answers were made."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    return {
+        "command": f"python -m bench.eval_pocket --questions {a.questions} --backend {a.backend}",
+        "weights": fingerprint(),
+        "machine": f"{device}, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "commit": commit.stdout.strip() or "none",
+    }
+
+
+def fingerprint() -> str:
+    return hashlib.sha256((FOLDER / "model.safetensors").read_bytes()).hexdigest()[:16]
+
+
+def pack(answers: Sequence[bool]) -> str:
+    """Answers as hexadecimal, the first question in the highest bit."""
+    return f"{int('1' + ''.join('01'[a] for a in answers), 2):x}"  # a leading 1 keeps the zeros
+
+
+def unpack(text: str, questions: int) -> list[bool]:
+    bits = f"{int(text, 16):b}"[1:]
+    if len(bits) != questions:
+        raise ValueError(f"right must hold {questions} answers, got {len(bits)}")
+    return [bit == "1" for bit in bits]
+
+
+def write_table(results: Path, readme: Path) -> None:
+    """Puts the tables between the markers of `readme`, with what they were made with."""
+    content = json.loads(results.read_text())
+    rows = {n: unpack(row["right"], row["questions"]) for n, row in content["rows"].items()}
+    facts = content["made"]
+    how = (
+        f"`{facts['command']}`, then `--table`: {facts['machine']}, torch {facts['torch']}, "
+        f"transformers {facts['transformers']}, commit {facts['commit']}, weights "
+        f"{facts['weights']}."
+    )
+    text = readme.read_text()
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise ValueError(f"{readme} must have {BEGIN} and {END} once each")
+    head, rest = text.split(BEGIN)
+    tail = rest.split(END)[1]
+    readme.write_text(f"{head}{BEGIN}\n{markdown(rows)}\n\n{how}\n{END}{tail}")
+    print(f"{results} -> {readme}")
+
+
+if __name__ == "__main__":
+    main()

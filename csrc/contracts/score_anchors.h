@@ -1,0 +1,27 @@
+// What score_anchors accepts, and the sizes that follow. Both devices call this and check no more.
+#pragma once
+
+#include <string>
+
+#include "require.h"
+
+namespace restore_ext::contract {
+
+struct ScoreAnchorsSizes {
+  int64_t B, N, C;
+};
+
+inline ScoreAnchorsSizes score_anchors(const Tensor& x, const std::string& mode,
+                                       const OptionalTensor& valid) {
+  REQUIRE_RANK(x, 3);
+  const int64_t B = x.size(0), N = x.size(1), C = x.size(2);
+  REQUIRE_SHAPE(valid, B, N);
+  REQUIRE_ANCHOR_MODE(mode);
+
+  REQUIRE_FLOATING(x);
+  REQUIRE_DTYPE(valid, Bool);
+  REQUIRE_SAME_DEVICE(x, valid);
+  return {.B = B, .N = N, .C = C};
+}
+
+}  // namespace restore_ext::contract

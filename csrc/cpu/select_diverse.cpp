@@ -1,0 +1,68 @@
+#include "../contracts/select_diverse.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include "rows.h"
+
+namespace restore_ext::cpu {
+namespace {
+
+constexpr float kFarthest = std::numeric_limits<float>::infinity();
+// Ranks below every distance: a row that cannot be compared comes last, a picked one never.
+constexpr float kLast = -1.f, kPicked = -2.f;
+
+// How far each row is from its nearest neighbour.
+std::vector<float> nearest_neighbour(const UnitRows& rows) {
+  std::vector<float> reach(rows.n, kFarthest);
+  each(rows.n, rows.n * rows.C, [&](int64_t i) {
+    for (int64_t j = 0; j < rows.n; ++j) {
+      if (j != i) reach[i] = std::min(reach[i], 1 - rows.similarity(i, j));
+    }
+  });
+  return reach;
+}
+
+void pick_diverse(const UnitRows& rows, int64_t k, int64_t* out) {
+  // [n] distance to the nearest picked row; before the first pick, to the nearest neighbour.
+  std::vector<float> reach = nearest_neighbour(rows);
+  std::vector<uint8_t> picked(rows.n);
+  for (int64_t t = 0; t < k; ++t) {
+    int64_t pick = 0;
+    float farthest = kPicked;
+    for (int64_t i = 0; i < rows.n; ++i) {
+      const float rank = picked[i] ? kPicked : rows.comparable[i] ? reach[i] : kLast;
+      if (rank > farthest) farthest = rank, pick = i;
+    }
+    out[t] = rows.token[pick];
+    picked[pick] = true;
+    if (t == 0) reach.assign(rows.n, kFarthest);
+    each(rows.n, rows.C, [&](int64_t i) {
+      if (!picked[i]) reach[i] = std::min(reach[i], 1 - rows.similarity(i, pick));
+    });
+  }
+}
+
+Tensor select_diverse_cpu(const Tensor& x, int64_t k, const std::optional<Tensor>& budget,
+                          const std::optional<Tensor>& valid) {
+  const auto [B, N, C, K] = contract::select_diverse(x, k, budget, valid);
+  Tensor picks = torch::stable::new_empty(x, {B, K}, ScalarType::Long);
+  int64_t* out = picks.mutable_data_ptr<int64_t>();
+  std::fill_n(out, B * K, -1);
+
+  const Tokens tokens(x);
+  const Budget allowed(K, budget);
+  for (int64_t b = 0; b < B; ++b) {
+    const UnitRows rows(tokens, N, valid, b);
+    const int64_t take = allowed(b, rows.n);
+    if (take > 0) pick_diverse(rows, take, out + b * K);
+  }
+  return picks;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(restore_ext, CPU, m) {
+  m.impl("select_diverse", TORCH_BOX(&select_diverse_cpu));
+}
+
+}  // namespace restore_ext::cpu

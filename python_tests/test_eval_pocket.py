@@ -1,0 +1,180 @@
+"""The evaluation: the same answers however it is run, honest intervals, a table made of them."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import restore_ext
+from bench import eval_pocket
+from restore_ext.pocket import encode, held_out, load_pocket
+from restore_ext.pocket.eval import (
+    Configuration,
+    accuracy,
+    configurations,
+    difference,
+    evaluate,
+    first_words,
+    kinds,
+)
+from restore_ext.pocket.scenes import ID
+from restore_ext.pocket.shared import Memory, shared_work
+from restore_ext.pocket.table import markdown
+
+CHOSEN = [
+    Configuration("full"),
+    Configuration("vispruner/64/plain", {"method": "vispruner", "keep": 64, "restore": False}),
+    Configuration("vispruner/64/paper", {"method": "vispruner", "keep": 64}),
+]
+
+
+@pytest.fixture(scope="module")
+def pocket():
+    return load_pocket()
+
+
+def test_the_table_covers_every_method_budget_and_way():
+    names = [c.name for c in configurations()]
+    assert len(set(names)) == len(names) == 1 + 6 * 3 * 4 - 3 + 2 * 2 * 5
+    for name in (
+        "tome/128/paper",
+        "random/192/official",
+        "divprune/64/merge",
+        "holov/64/layer0-size",
+    ):
+        assert name in names
+
+
+@torch.no_grad()
+def test_sharing_work_changes_no_bit(pocket):
+    model, processor = pocket
+    scenes = [held_out(i) for i in range(4)]
+    images, texts = [s.image for s in scenes], [s.question.text for s in scenes]
+    inputs, other = (
+        encode(processor, images[:2], texts[:2]),
+        encode(processor, images[2:], texts[2:]),
+    )
+
+    def logits():
+        given = []
+        for x in (inputs, inputs, other, inputs):
+            for way in CHOSEN[1:]:
+                with restore_ext.attach(model, **way.options):
+                    given.append(model(**x, logits_to_keep=1).logits)
+        return given
+
+    alone = logits()
+    calls = []
+    layer = model.model.vision_tower
+    layer = getattr(layer, "vision_model", layer).encoder.layers[0].mlp
+    counter = layer.register_forward_hook(lambda *_: calls.append(1))
+    with shared_work(model):
+        shared = logits()
+    counter.remove()
+    assert all(torch.equal(a, b) for a, b in zip(alone, shared, strict=True))
+    assert len(calls) == 3, "the same pictures went through the first layers once"
+    assert "forward" not in vars(model.model.multi_modal_projector)
+
+
+def test_an_interrupted_evaluation_goes_on_to_the_same_answers(pocket):
+    batches = []
+    whole = evaluate(*pocket, 7, CHOSEN, batch=3, after_batch=lambda _, n: batches.append(n))
+    assert batches == [3, 3, 1] and all(len(answers) == 7 for answers in whole.values())
+    part = evaluate(*pocket, 2, CHOSEN[:2], batch=2)
+    assert evaluate(*pocket, 7, CHOSEN, batch=3, right=part) == whole
+
+
+@torch.no_grad()
+def test_an_answer_is_right_when_it_is_the_scenes_answer(pocket):
+    model, processor = pocket
+    (right,) = evaluate(model, processor, 12, CHOSEN[:1], batch=12).values()
+    for index, was_right in enumerate(right):
+        scene = held_out(index)
+        inputs = encode(processor, [scene.image], [scene.question.text])
+        assert (first_words(model, inputs) == [ID[scene.question.answer]]) == was_right
+    assert kinds(2) == [held_out(0).question.kind, held_out(1).question.kind]
+
+
+def test_intervals_are_those_of_paired_answers():
+    rng = np.random.default_rng(0)
+    base = rng.random(400) < 0.6
+    better = base | (rng.random(400) < 0.3)
+    gain = difference(better.tolist(), base.tolist())
+    d = better.astype(float) - base
+    assert gain.mean == pytest.approx(d.mean())
+    assert gain.half == pytest.approx(1.96 * d.std(ddof=1) / 20)
+    draws = rng.integers(0, 400, (4000, 400))
+    low, high = np.quantile(d[draws].mean(1), [0.025, 0.975])  # the bootstrap says about the same
+    assert gain.mean - gain.half == pytest.approx(low, abs=0.005)
+    assert gain.mean + gain.half == pytest.approx(high, abs=0.005)
+    assert accuracy([True, False]).mean == 0.5
+
+
+def test_answers_survive_the_file():
+    for answers in ([], [False, False, True], [True] * 9, [False] * 70):
+        assert eval_pocket.unpack(eval_pocket.pack(answers), len(answers)) == answers
+    with pytest.raises(ValueError, match="must hold 4 answers, got 3"):
+        eval_pocket.unpack(eval_pocket.pack([True] * 3), 4)
+
+
+def made_up(name):
+    """60 answers: plain half right, every other way two thirds, all tokens all."""
+    every = 2 if name.endswith("plain") else 3
+    return [name == "full" or (i % every != 0) for i in range(60)]
+
+
+def test_the_tables_say_what_the_answers_say():
+    text = markdown({c.name: made_up(c.name) for c in configurations()})
+    assert "All 576 visual tokens: **1.000** ± 0.000 on 60 held-out questions" in text
+    gain = difference(made_up("paper"), made_up("plain"))
+    cell = f"+0.167 ± {gain.half:.3f}"
+    assert f"| 64 | divprune | 0.500 | 0.667 | {cell} | 0.667 | +0.000 ± 0.000 |" in text
+    assert f"| 128 | tome | 0.500 | 0.667 | {cell} | no anchors |  |" in text
+    assert "| 192 | holov | 0.667 | 0.667 | +0.000 ± 0.000 |" in text
+    assert f"| merge alone | {' | '.join([f'0.667 ({cell})'] * 4)} |" in text
+    assert "ablation" not in markdown({"full": made_up("full")})
+
+
+def test_the_command_keeps_answers_and_writes_the_readme(tmp_path, capsys):
+    results, readme = tmp_path / "r" / "answers.json", tmp_path / "README.md"
+    ask = ["--results", str(results), "--only", "vispruner/64/p", "--batch", "2"]
+    eval_pocket.main([*ask, "--questions", "2"])
+    first = json.loads(results.read_text())["rows"]
+    eval_pocket.main([*ask, "--questions", "4"])
+    rows = json.loads(results.read_text())["rows"]
+    assert {row["questions"] for row in rows.values()} == {4} and len(rows) == 3
+    for name, row in first.items():
+        assert eval_pocket.unpack(rows[name]["right"], 4)[:2] == eval_pocket.unpack(row["right"], 2)
+    readme.write_text(f"before\n{eval_pocket.BEGIN}\nold\n{eval_pocket.END}\nafter\n")
+    eval_pocket.main(["--table", "--results", str(results), "--readme", str(readme)])
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert "| 64 | vispruner |" in text and "torch" in text
+    eval_pocket.main(["--table", "--results", str(results), "--readme", str(readme)])
+    assert readme.read_text() == text
+    readme.write_text("no markers")
+    with pytest.raises(ValueError, match="once each"):
+        eval_pocket.main(["--table", "--results", str(results), "--readme", str(readme)])
+
+
+def test_answers_of_other_weights_are_not_mixed_in(tmp_path, capsys):
+    results = tmp_path / "answers.json"
+    row = {"accuracy": 1.0, "questions": 2, "right": eval_pocket.pack([True] * 2)}
+    made = {"weights": eval_pocket.fingerprint()}
+    results.write_text(json.dumps({"made": made, "rows": {"full": row}}))
+    assert eval_pocket.kept(results) == {"full": [True, True]}
+    results.write_text(json.dumps({"made": {"weights": "other"}, "rows": {"full": row}}))
+    assert eval_pocket.kept(results) == {} and "other weights" in capsys.readouterr().out
+
+
+def test_a_memory_answers_only_what_it_was_asked():
+    calls = []
+    memory = Memory(lambda *args, **kwargs: calls.append((args, kwargs)) or len(calls), kept=2)
+    x = torch.arange(4.0)
+    same, other = x.clone(), x + 1
+    assert [memory(x, k=1), memory(same, k=1), memory(same, k=2), memory(same, k=1)] == [1, 1, 2, 1]
+    assert memory(other, k=1) == 3 and memory(x, k=1) == 4, "the oldest of two was forgotten"
+    different = (x.double(), x.view(2, 2), x.tolist(), None)
+    assert [memory(y, k=1) for y in different] == [5, 6, 7, 8]
+    assert memory(None, k=1, more=True) == 9

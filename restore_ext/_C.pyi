@@ -1,0 +1,5 @@
+"""Facts about the build; importing the module registers the operators."""
+
+compiler: str
+torch_target: str
+cuda_archs: str

@@ -1,0 +1,46 @@
+"""Visual token reduction for multimodal LLMs, with RESTORE: positions and attention mass kept."""
+
+from typing import TYPE_CHECKING, Any
+
+from restore_ext.config import show_config
+from restore_ext.ops import (
+    assign_anchors,
+    calibrated_attention,
+    match_bipartite,
+    merge_tokens,
+    score_anchors,
+    select_anchors,
+    select_diverse,
+)
+from restore_ext.reduce import reduce_tokens
+from restore_ext.reduction import Reduction
+from restore_ext.rope import rope_decay
+
+if TYPE_CHECKING:
+    from restore_ext.hf import attach, prepare_inputs
+
+__version__ = "0.1.0"
+__all__ = [
+    "Reduction",
+    "assign_anchors",
+    "attach",
+    "calibrated_attention",
+    "match_bipartite",
+    "merge_tokens",
+    "prepare_inputs",
+    "reduce_tokens",
+    "rope_decay",
+    "score_anchors",
+    "select_anchors",
+    "select_diverse",
+    "show_config",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # The hook needs transformers, the rest of the package does not.
+    if name in ("attach", "prepare_inputs"):
+        from restore_ext import hf
+
+        return getattr(hf, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,71 @@
+"""`restore-ext demo`: the built-in model answers with all tokens, and with few in two ways."""
+
+import argparse
+from pathlib import Path
+
+from PIL import Image
+
+import restore_ext
+from restore_ext import picture
+from restore_ext.cli.errors import UserError, check_reduction, one_line, open_image
+from restore_ext.cli.load import encode_prompt, quiet
+from restore_ext.cli.measure import Outcome, Task, table
+from restore_ext.pocket import POCKET_NAME, held_out, load_pocket
+
+QUESTION = "how many objects ?"  # of a picture that came without one
+
+
+def demo(arguments: argparse.Namespace) -> None:
+    """Prints the table and writes the picture."""
+    method, keep = arguments.method, arguments.keep
+    check_reduction(method, keep, arguments.repeats)
+    image, question, truth = _scene(arguments)
+    quiet()
+    model, processor = load_pocket()
+    inputs = encode_prompt(POCKET_NAME, processor, image, question)
+    task = Task(model, processor, inputs, max_new_tokens=1, repeats=arguments.repeats)
+    outcomes = [task.answer("all tokens")]
+    for restore, label in ((False, f"{method} plain"), (True, f"{method} + RESTORE")):
+        with restore_ext.attach(
+            model, method=method, keep=keep, restore=restore, backend=arguments.backend
+        ) as handle:
+            outcomes.append(task.answer(label, handle))
+    print(f"question  {question}")
+    if truth:
+        print(f"truth     {truth}")
+    print(f"\n{table(outcomes)}\n")
+    _write(arguments.output, image, question, truth, outcomes)
+
+
+def _scene(arguments: argparse.Namespace) -> tuple[Image.Image, str, str | None]:
+    """The picture, the question, and the answer where it is known."""
+    if arguments.image is not None:
+        return open_image(arguments.image), arguments.question or QUESTION, None
+    if arguments.seed < 0:
+        raise UserError(f"--seed must be at least 0, got {arguments.seed}")
+    scene = held_out(arguments.seed)
+    if arguments.question is not None:
+        return scene.image, arguments.question, None
+    return scene.image, scene.question.text, scene.question.answer
+
+
+def _write(
+    file: str, image: Image.Image, question: str, truth: str | None, outcomes: list[Outcome]
+) -> None:
+    heading = question if truth is None else f"{question}   ({truth})"
+    panels = [picture.Panel(f"{o.label}: {o.answer}", _note(o), o.reduction) for o in outcomes]
+    try:
+        picture.explain(image, heading, panels).save(Path(file))
+    except (OSError, ValueError) as error:  # ValueError: no format of that name
+        raise UserError(f"--output: {file} cannot be written: {one_line(error)}") from error
+    print(f"picture   {file}")
+
+
+def _note(outcome: Outcome) -> str:
+    if outcome.reduction is None:
+        return f"{outcome.visual_tokens} visual tokens"
+    kept = int(outcome.reduction.kept.sum())
+    merged = int(outcome.reduction.merged.sum())
+    if not merged:
+        return f"{kept} kept, the rest dropped"
+    return f"{kept} kept; {merged} merged: a colour each, a dot where it stands"

@@ -1,0 +1,39 @@
+"""What a user can get wrong, said in one line."""
+
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+
+class UserError(Exception):
+    """Ends a command with its message and exit code 2; a traceback would not help."""
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an exception's message, or its type if there is none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def check_reduction(method: str, keep: int, repeats: int) -> None:
+    """Refuses what attach() would refuse, before a model is loaded."""
+    from restore_ext.methods import list_methods
+
+    if method not in list_methods():
+        raise UserError(f"--method must be one of {', '.join(list_methods())}, got {method}")
+    if keep < 1:
+        raise UserError(f"--keep must be at least 1, got {keep}")
+    if repeats < 1:
+        raise UserError(f"--repeats must be at least 1, got {repeats}")
+
+
+def open_image(file: str) -> Image.Image:
+    """The picture in `file`, as RGB."""
+    path = Path(file)
+    if not path.exists():
+        raise UserError(f"--image: there is no file {file}")
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        raise UserError(f"--image: {file} cannot be read as an image: {one_line(error)}") from error

@@ -1,0 +1,103 @@
+"""Loads any supported checkpoint with its processor, and says in one line why it cannot."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from restore_ext.cli.errors import UserError, one_line
+from restore_ext.pocket import is_pocket, resolve
+
+
+def quiet() -> None:
+    """Keeps progress bars and retry messages of the libraries below out of the output."""
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()
+
+
+def load(name: str, device: str, dtype: str) -> tuple[Any, Any]:
+    """(model, processor) of a hub id, a folder, or "pocket"; the model in eval mode on `device`."""
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+    target = _require_device(device)
+    folder = resolve(name)
+    local = Path(folder).is_dir()
+    if local and not (Path(folder) / "config.json").is_file():
+        raise UserError(f"--model: the folder {name} has no config.json")
+    if not local and (Path(folder).exists() or folder.startswith((".", "/", "~"))):
+        raise UserError(f"--model: {name} is not a folder with a model")
+    if not local:
+        print(f"looking for {name} in the cache and on the hub", file=sys.stderr)
+    try:
+        # Before the rest: an unknown name fails once, not once for every file of a processor.
+        AutoConfig.from_pretrained(folder)
+        processor = AutoProcessor.from_pretrained(folder)
+        model = AutoModelForImageTextToText.from_pretrained(folder, dtype=getattr(torch, dtype))
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise UserError(_reason(name, error)) from error
+    return model.eval().to(target), processor
+
+
+def encode_prompt(model_name: str, processor: Any, image: Any, prompt: str) -> dict[str, Any]:
+    """Model inputs for one picture and one prompt, through the processor's chat template."""
+    from restore_ext.pocket import encode
+
+    try:
+        if is_pocket(model_name):
+            return encode(processor, [image], [prompt])
+        content = [{"type": "image"}, {"type": "text", "text": prompt}]
+        chat = [{"role": "user", "content": content}]
+        text = processor.apply_chat_template(chat, add_generation_prompt=True)
+        return dict(processor(images=[image], text=[text], return_tensors="pt"))
+    except (ValueError, ImportError) as error:
+        raise UserError(f"the prompt cannot be encoded: {one_line(error)}") from error
+
+
+def _require_device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"--device: {name} cannot be used: {one_line(error)}") from error
+    return device
+
+
+def _reason(name: str, error: BaseException) -> str:
+    """Why a checkpoint could not be loaded, found in the chain of exceptions under `error`."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
+
+    chain = list(_chain(error))
+    if any("torchvision" in str(e).lower() for e in chain if isinstance(e, ImportError)):
+        version = torch.__version__.split("+")[0]
+        return (
+            f"--model: the processor of {name} needs torchvision, the one made for your torch: "
+            f'pip install torchvision "torch=={version}"'
+        )
+    if any(isinstance(e, GatedRepoError) for e in chain):
+        return f"--model: {name} is gated: ask for access on the hub and log in (hf auth login)"
+    if any(isinstance(e, (RepositoryNotFoundError, HFValidationError)) for e in chain):
+        return f"--model: there is no folder and no model on the hub named {name}"
+    if any(isinstance(e, (LocalEntryNotFoundError, OfflineModeIsEnabled)) for e in chain):
+        return (
+            f"--model: {name} is not a folder and not in the cache, and the hub cannot be reached; "
+            "pocket needs no download"
+        )
+    return f"--model: {name} cannot be loaded: {one_line(error)}"
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

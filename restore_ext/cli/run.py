@@ -1,0 +1,48 @@
+"""`restore-ext run`: any supported checkpoint answers about one picture on few visual tokens."""
+
+import argparse
+
+import restore_ext
+from restore_ext.cli.errors import UserError, check_reduction, one_line, open_image
+from restore_ext.cli.load import encode_prompt, load, quiet
+from restore_ext.cli.measure import Outcome, Task, table
+
+NEW_TOKENS = 64  # where neither the user nor the checkpoint says
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Prints the answer and the table."""
+    check_reduction(arguments.method, arguments.keep, arguments.repeats)
+    new_tokens = arguments.max_new_tokens
+    if new_tokens is not None and new_tokens < 1:
+        raise UserError(f"--max-new-tokens must be at least 1, got {new_tokens}")
+    image = open_image(arguments.image)
+    quiet()
+    model, processor = load(arguments.model, arguments.device, arguments.dtype)
+    encoded = encode_prompt(arguments.model, processor, image, arguments.prompt)
+    inputs = {
+        name: value.to(model.device, model.dtype if value.is_floating_point() else None)
+        for name, value in encoded.items()
+    }
+    limit = new_tokens or model.generation_config.max_new_tokens or NEW_TOKENS
+    task = Task(model, processor, inputs, limit, arguments.repeats)
+    outcomes = [task.answer("all tokens")] if arguments.compare else []
+    ways = [False] if arguments.no_restore else [False, True] if arguments.compare else [True]
+    outcomes += [_reduced(task, arguments, restore) for restore in ways]
+    print(f"{outcomes[-1].answer}\n\n{table(outcomes)}")
+
+
+def _reduced(task: Task, arguments: argparse.Namespace, restore: bool) -> Outcome:
+    label = f"{arguments.method} + RESTORE" if restore else f"{arguments.method} plain"
+    try:
+        handle = restore_ext.attach(
+            task.model,
+            method=arguments.method,
+            keep=arguments.keep,
+            restore=restore,
+            backend=arguments.backend,
+        )
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise UserError(f"--model: {arguments.model}: {one_line(error)}") from error
+    with handle:
+        return task.answer(label, handle)

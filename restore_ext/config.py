@@ -1,0 +1,26 @@
+"""Facts about this build and this machine, for bug reports."""
+
+import platform
+
+import torch
+
+from restore_ext import _C
+
+
+def show_config() -> None:
+    """Prints what this build was made with and what it runs on, one fact a line."""
+    archs = _C.cuda_archs or "none (CPU build)"
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    facts = {
+        "restore_ext library": _C.__file__,
+        "compiler": _C.compiler,
+        "ABI": f"LibTorch stable, torch >= {_C.torch_target}; Python abi3",
+        "CUDA archs": archs,
+        "torch": f"{torch.__version__} (CUDA {torch.version.cuda or 'no'})",
+        "Python": platform.python_version(),
+        "CPU": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "CPU kernels in use": "generic",
+        "CPU offers": torch.backends.cpu.get_cpu_capability(),
+        "GPU": gpu,
+    }
+    print("\n".join(f"{name:<20} {value}" for name, value in facts.items()))

@@ -1,0 +1,17 @@
+"""RESTORE for transformers: attach() to a model, or prepare_inputs() for stock generate()."""
+
+from restore_ext.hf.handle import Handle, attach
+from restore_ext.hf.inputs import PreparedInputs, prepare_inputs
+from restore_ext.hf.plan import SequencePlan
+from restore_ext.hf.report import ImageReport, LayerReport, Report
+
+__all__ = [
+    "Handle",
+    "ImageReport",
+    "LayerReport",
+    "PreparedInputs",
+    "Report",
+    "SequencePlan",
+    "attach",
+    "prepare_inputs",
+]

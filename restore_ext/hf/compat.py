@@ -1,0 +1,55 @@
+"""Where the versions of transformers differ (4.57.6 to 5.x). Nothing else in this folder asks."""
+
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+try:
+    import transformers
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+except ImportError as error:
+    raise ImportError(
+        "attach and prepare_inputs need transformers >= 4.57.6: pip install 'restore_ext[hf]'"
+    ) from error
+
+VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+OLDEST = (4, 57)
+
+# From 5.3 on generate() carries explicit position_ids from step to step.
+GENERATE_CARRIES_POSITIONS = VERSION >= (5, 3)
+
+if VERSION < OLDEST:
+    raise ImportError(f"transformers must be 4.57.6 or newer, got {transformers.__version__}")
+
+
+def encodes_before_forward(model: nn.Module) -> bool:
+    """From 5.18 on generate() encodes images once, before it expands the beams."""
+    return "mm_encoder_outputs" in inspect.signature(model.forward).parameters
+
+
+def image_features(output: Any) -> list[Tensor]:
+    """The projected features [N, C] per image in what get_image_features() returned.
+
+    The result holds the very tensors of `output`: 4.57 returns them, 5.x an object with them.
+    """
+    features = getattr(output, "pooler_output", output)
+    return list(features) if isinstance(features, (list, tuple)) else []
+
+
+def attention_named(name: str, module: nn.Module) -> Callable[..., Any]:
+    """The attention function `module` calls when its config says `name`.
+
+    "eager" is in no registry: each modeling file has its own.
+    """
+    modeling = sys.modules[type(module).__module__]
+    if name == "eager":
+        return modeling.eager_attention_forward
+    return getattr(modeling, "ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)[name]
+
+
+def generation_positions(model: Any, input_ids: Tensor, inputs: dict[str, Any]) -> Tensor:
+    """The position ids generate() would start from: [B, S], with M-RoPE [4, B, S] (5.3 on)."""
+    return model._prepare_position_ids_for_generation(input_ids, {"input_ids": input_ids, **inputs})

@@ -1,0 +1,119 @@
+"""What the hook asks of a family of models."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from restore_ext.hf.attention import PREPARED, require_mask_attention
+from restore_ext.hf.patches import Patches
+from restore_ext.hf.settings import Settings
+from restore_ext.hf.vision import Record, Seen
+
+OP_HEAD_SIZES = range(32, 257, 8)
+
+
+class Family(ABC):
+    """A model: `inner` puts image features among the embeddings and calls `lm`, which has `layers`
+    of `self_attn`."""
+
+    name: ClassVar[str]
+    model_class: ClassVar[str]
+    axes: ClassVar[int]  # of a position: 1, or 3 for M-RoPE
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.inner = model.model
+        self.lm = model.model.language_model
+
+    @property
+    def attentions(self) -> list[Any]:
+        return [layer.self_attn for layer in self.lm.layers]
+
+    @property
+    def image_token(self) -> int:
+        return self.model.config.image_token_id
+
+    @property
+    def kv_size(self) -> int:
+        """Numbers in the key and value of one token in one layer."""
+        return 2 * self._kv_heads * self._head_size
+
+    @property
+    def _kv_heads(self) -> int:
+        config = self.lm.config
+        return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+
+    @property
+    def _head_size(self) -> int:
+        config = self.lm.config
+        head_size = getattr(config, "head_dim", None)
+        return head_size or config.hidden_size // config.num_attention_heads
+
+    def placeholders(self, input_ids: Tensor | None, embeds: Tensor | None) -> Tensor:
+        """[B, S] bool: where image features go. Separators around them are text."""
+        if input_ids is not None:
+            return input_ids == self.image_token
+        assert embeds is not None
+        token = torch.tensor(self.image_token, device=embeds.device)
+        return (embeds == self.inner.get_input_embeddings()(token)).all(-1)
+
+    def require(self, settings: Settings) -> None:
+        """Raises for a model the hook cannot serve with these settings."""
+        config = self.lm.config
+        kinds = getattr(config, "layer_types", None) or []
+        windowed = getattr(config, "sliding_window", None) is not None
+        windowed = windowed and getattr(config, "use_sliding_window", True)
+        if any(kind != "full_attention" for kind in kinds) or (windowed and not kinds):
+            raise NotImplementedError(
+                "model: the language model must have full attention in every layer, got "
+                f"layer_types {sorted(set(kinds)) or 'sliding_attention'} (sliding_window "
+                f"{getattr(config, 'sliding_window', None)})"
+            )
+        if settings.backend == "op" and self._head_size not in OP_HEAD_SIZES:
+            raise ValueError(
+                "backend='op' needs a head size of 32 to 256 in steps of 8, got "
+                f"{self._head_size}; use backend='mask'"
+            )
+        if settings.backend == "mask":
+            require_mask_attention(config._attn_implementation)
+        self.require_free()
+        trial = Patches()
+        try:
+            self.watch(trial, settings)
+        finally:
+            trial.undo()
+
+    def require_free(self) -> None:
+        """Raises inside a `with` block of prepare_inputs(), whose patches lie on top."""
+        if any(module.config._attn_implementation == PREPARED for module in self.attentions):
+            raise RuntimeError("model is in a `with` block of prepare_inputs(): leave that first")
+
+    @abstractmethod
+    def watch(self, patches: Patches, settings: Settings) -> None:
+        """Puts on the vision tower what fills a Record, as far as the method needs it."""
+
+    @abstractmethod
+    def scores(self, record: Record, tokens: Sequence[int], inputs: dict[str, Any]) -> Tensor:
+        """Scores [sum of tokens] from a record; inputs are those of get_image_features()."""
+
+    def seen(self, record: Record, features: Sequence[Tensor], inputs: dict[str, Any]) -> Seen:
+        """What a record says of the features that get_image_features(**inputs) returned."""
+        tokens = [len(image) for image in features]
+        seen = Seen(len(tokens))
+        if record.attention:
+            seen.scores = _split(self.scores(record, tokens, inputs), tokens)
+        if record.tower is not None:
+            seen.metric = _split(record.tower.flatten(0, -2), tokens)
+        return seen
+
+
+def _split(rows: Tensor, tokens: Sequence[int]) -> list[Tensor]:
+    if len(rows) != sum(tokens):
+        raise NotImplementedError(
+            f"the vision tower's tokens are not the images' features one by one: {len(rows)} "
+            f"tokens, {sum(tokens)} features; choose a method that needs no scores"
+        )
+    return list(rows.split(list(tokens)))

@@ -1,0 +1,71 @@
+"""LLaVA-1.5 and its like: a ViT, a projector, a language model with plain RoPE."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from restore_ext.hf.families.family import Family
+from restore_ext.hf.patches import Patches
+from restore_ext.hf.settings import Settings
+from restore_ext.hf.vision import (
+    Record,
+    cls_attention,
+    received_attention,
+    watch_attention,
+    watch_projector,
+)
+
+TOWER_METRIC = ("vispruner",)  # methods that compare the tower's features, not the projected ones
+
+
+class Llava(Family):
+    """Scores are the CLS token's attention, averaged over heads, in the layer that the features are
+    taken from (`vision_feature_layer`, the deepest if there are several). A tower whose first token
+    is a feature too (`vision_feature_select_strategy="full"`) gives the attention received."""
+
+    name = "llava"
+    model_class = "LlavaForConditionalGeneration"
+    axes = 1
+
+    def watch(self, patches: Patches, settings: Settings) -> None:
+        if settings.method in TOWER_METRIC:
+            watch_projector(patches, self.inner.multi_modal_projector)
+        if settings.needs_scores:
+            strategy = self.model.config.vision_feature_select_strategy
+            score = cls_attention if strategy == "default" else received_attention
+            watch_attention(patches, self._scored_attention(), score)
+
+    def scores(self, record: Record, tokens: Sequence[int], inputs: dict[str, Any]) -> Tensor:
+        asked, own = inputs.get("vision_feature_layer"), self.model.config.vision_feature_layer
+        if asked is not None and asked != own:
+            raise NotImplementedError(
+                f"vision_feature_layer must be the config's, {own}, which the scores are read "
+                f"from, got {asked}; set it in model.config before attaching"
+            )
+        return record.attention[-1].flatten()
+
+    def _scored_attention(self) -> nn.Module:
+        layers = next(
+            (m for n, m in self.inner.vision_tower.named_modules() if n.endswith("encoder.layers")),
+            None,
+        )
+        if layers is None or not hasattr(layers[-1], "self_attn"):
+            tower = type(self.inner.vision_tower).__name__
+            raise NotImplementedError(
+                f"method: scores can be read from a ViT with encoder.layers of self_attn, got a "
+                f"{tower}; choose a method that needs no scores"
+            )
+        own = self.model.config.vision_feature_layer
+        # Hidden state i is what layer i - 1 left; counted from the end they agree.
+        indices = [i - 1 if i >= 0 else i + len(layers) for i in _as_list(own)]
+        if max(indices) < 0:
+            raise ValueError(
+                f"method: vision_feature_layer {own} is before the first attention: there are no "
+                "scores; choose a method that needs none"
+            )
+        return layers[max(indices)].self_attn
+
+
+def _as_list(layer: int | Sequence[int]) -> list[int]:
+    return [layer] if isinstance(layer, int) else list(layer)

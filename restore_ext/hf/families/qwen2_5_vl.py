@@ -1,0 +1,58 @@
+"""Qwen2.5-VL: a ViT of windows that merges 2 x 2 patches, a language model with M-RoPE."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from restore_ext.hf.families.family import Family
+from restore_ext.hf.patches import Patches
+from restore_ext.hf.settings import Settings
+from restore_ext.hf.vision import Record, received_attention, watch_attention
+
+
+class Qwen2_5_VL(Family):
+    """There is no CLS token: scores are the attention a patch receives in the last block of full
+    attention, averaged over heads and queries of its image, and over the patches that merge into
+    one token. Every method compares the merged features. Videos are left as they are."""
+
+    name = "qwen2_5_vl"
+    model_class = "Qwen2_5_VLForConditionalGeneration"
+    axes = 3
+
+    def watch(self, patches: Patches, settings: Settings) -> None:
+        if not settings.needs_scores:
+            return
+        full = self.inner.visual.fullatt_block_indexes
+        if not full:
+            raise ValueError(
+                "method: vision_config.fullatt_block_indexes is empty, so there are no scores; "
+                "choose a method that needs none"
+            )
+        watch_attention(patches, self.inner.visual.blocks[max(full)].attn, received_attention)
+
+    def scores(self, record: Record, tokens: Sequence[int], inputs: dict[str, Any]) -> Tensor:
+        visual = self.inner.visual
+        patches = torch.cat([call[0] for call in record.attention])  # frame after frame
+        merged = patches.unflatten(0, (-1, visual.spatial_merge_unit)).mean(-1)
+        merge = visual.spatial_merge_size
+        side = visual.window_size // merge // visual.patch_size
+        scores, first = torch.empty_like(merged), 0
+        for frames, height, width in inputs["image_grid_thw"].tolist():
+            order = window_order(frames, height // merge, width // merge, side)
+            order = first + order.to(merged.device)
+            scores[order] = merged[first : first + len(order)]
+            first += len(order)
+        return scores
+
+
+def window_order(frames: int, height: int, width: int, side: int) -> Tensor:
+    """The raster index of every token in the order the tower works in: window after window of
+    side x side tokens, frame by frame, raster order in each window."""
+    t, y, x = torch.meshgrid(
+        torch.arange(frames), torch.arange(height), torch.arange(width), indexing="ij"
+    )
+    across = -(-width // side)
+    window = (t * -(-height // side) + y // side) * across + x // side
+    return window.flatten().argsort(stable=True)

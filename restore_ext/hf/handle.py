@@ -1,0 +1,133 @@
+"""attach(): a model that reduces the visual tokens of every prompt by itself, until detached."""
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor
+
+from restore_ext import checks
+from restore_ext.hf.families import Family, find_family
+from restore_ext.hf.hooks import Hooks
+from restore_ext.hf.patches import Patches
+from restore_ext.hf.report import Report
+from restore_ext.hf.settings import Settings, make_settings
+from restore_ext.reduce import DEFAULT_ANCHOR_MODE
+
+_HANDLE = "_restore_ext_handle"
+
+
+class Handle:
+    """What attach() returns: switches it off and on, undoes it, says what it did.
+
+    enabled  False: every new prompt takes the stock path. A conversation whose prompt was reduced
+             goes on with what is in its cache.
+    last     a Report of the last prompt that was reduced; None before the first, and after a prompt
+             whose images were all within their budgets
+    """
+
+    def __init__(self, family: Family, settings: Settings, enabled: bool) -> None:
+        self.settings = settings
+        self.enabled = enabled
+        self.last: Report | None = None
+        self._family = family
+        self._patches = Patches()
+        Hooks(family, settings, self).install(self._patches)
+        self._patches.set(family.model, _HANDLE, self)
+
+    def detach(self) -> None:
+        """Undoes attach(); the model is what it was. Twice is once."""
+        if self._family.model.__dict__.get(_HANDLE) is self:
+            self._family.require_free()
+            self._patches.undo()
+
+    def __enter__(self) -> "Handle":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.detach()
+
+
+def attach(
+    model: Any,
+    *,
+    method: str = "vispruner",
+    keep: int | Sequence[int] | Tensor | None = None,
+    keep_ratio: float | None = None,
+    restore: bool = True,
+    positions: str | None = None,
+    calibrate: str | None = None,
+    layer0: str = "uniform",
+    decode_distance: bool = False,
+    backend: str = "op",
+    retain: float = 0.5,
+    anchor_mode: str = DEFAULT_ANCHOR_MODE,
+    seed: int = 0,
+    enabled: bool = True,
+) -> Handle:
+    """Makes a transformers model reduce the visual tokens of its prompts (RESTORE, 2606.01711).
+
+    After that, forward(), generate() (greedy, sampling, beams, assisted decoding, later turns on
+    the cache it returned), pipelines and serving run as ever, on fewer tokens. Only this instance
+    is touched, by hooks; its copies and saved files are those of a stock model. Where nothing is to
+    be reduced (text alone, images within their budgets, not enabled) the stock path runs, with the
+    same bits. Attaching again replaces. Threads may share an attached model.
+
+    model       LlavaForConditionalGeneration or Qwen2_5_VLForConditionalGeneration
+    method      the base method, see reduce_tokens. The scores that some need are read off the
+                vision tower as it runs: CLS attention (LLaVA), attention received (Qwen2.5-VL).
+    keep        tokens to keep of an image: an int, or one per image in the order of the batch
+    keep_ratio  instead of keep: a share in (0, 1]
+    restore     True: merge what the method would drop, keep positions, calibrate. False: the plain
+                method, which prunes, re-indexes and does not calibrate. The next two override.
+    positions   "original": every token left keeps the position of its source. "reindex": they are
+                counted anew, and generated tokens follow on; not with M-RoPE, which keeps them
+    calibrate   what is added to the logits of a key: "size", the log of how many tokens it stands
+                for; "size+distance", for queries of the prompt also log(2 - decay of RoPE), Eq. 4
+                (in rows where something was reduced); "none"
+    layer0      "uniform": in layer 0 every visual token counts N / n; "size": its own size
+    decode_distance  the distance term for generated tokens too; the released code has it for the
+                prompt alone
+    backend     "op": attention is ops.calibrated_attention. "mask": the model's own sdpa or eager
+                attention with an additive mask; slower, and differentiable
+    retain, anchor_mode, seed  see reduce_tokens
+    enabled     see Handle
+
+    returns     a Handle, also usable in a `with` statement
+    raises      TypeError, ValueError, NotImplementedError: naming the argument, what was wanted and
+                what came. The same from a later forward that cannot be done on a shorter sequence:
+                `labels` (use the logits and handle.last.plan), a static, quantised or offloaded
+                cache (use prepare_inputs), prefill_chunk_size, continuous batching.
+
+    Without a cache every step is a prompt, so the distance term reaches generated tokens too. With
+    an int logits_to_keep = k, the last k - 1 tokens behind the images count as generated: that is
+    how assisted decoding passes its first draft. Separators and newlines between image tokens are
+    text. Videos are left as they are.
+    """
+    family = find_family(model)
+    settings = make_settings(
+        axes=family.axes,
+        method=method,
+        keep=keep,
+        keep_ratio=keep_ratio,
+        restore=restore,
+        positions=positions,
+        calibrate=calibrate,
+        layer0=layer0,
+        decode_distance=decode_distance,
+        backend=backend,
+        retain=retain,
+        anchor_mode=anchor_mode,
+        seed=seed,
+    )
+    checks.require_flag("enabled", enabled)
+    family.require(settings)
+    before: Handle | None = model.__dict__.get(_HANDLE)
+    if before is not None:
+        before.detach()
+    return Handle(family, settings, enabled)

@@ -1,0 +1,264 @@
+"""The hooks: learn of the images, shorten the sequence, tell attention what each key stands for."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from restore_ext.hf.attention import CALIBRATED, STATE, Calibration, NamedConfig
+from restore_ext.hf.cache import refuse_cache, restore_cache, restored
+from restore_ext.hf.compat import encodes_before_forward, image_features
+from restore_ext.hf.cut import Cut, cut_sequence, new_side, padding_mask, side_before
+from restore_ext.hf.families import Family
+from restore_ext.hf.patches import Patches
+from restore_ext.hf.refusals import refuse_what_hides_images
+from restore_ext.hf.settings import Settings
+from restore_ext.hf.vision import Seen, recall, recording, remember
+from restore_ext.rope import rope_decay
+
+if TYPE_CHECKING:
+    from restore_ext.hf.handle import Handle
+
+_TABLE_STEP = 1024
+
+
+@dataclass
+class Call:
+    """One forward of the model, or of the inner model, on its way to the language model."""
+
+    module: nn.Module
+    outer: "Call | None"
+    unfit: list[str]  # arguments that count tokens of the sequence as it was
+    generated: int = 0  # tokens at the end that are no prompt
+    is_image: Tensor | None = None  # [B, S] bool
+    features: list[Tensor] | None = None  # [N, C] per image
+    seen: Seen | None = None
+
+
+# Per thread and per task: the forward of one thread knows nothing of another's.
+_CALL: ContextVar[Call | None] = ContextVar("restore_ext_call", default=None)
+
+
+class Hooks:
+    """All that attach() puts on a model."""
+
+    def __init__(self, family: Family, settings: Settings, handle: "Handle") -> None:
+        self.family = family
+        self.settings = settings
+        self.handle = handle
+        self._encoded_once = encodes_before_forward(family.model)
+        self._decay: Tensor | None = None
+
+    def install(self, patches: Patches) -> None:
+        family = self.family
+        family.watch(patches, self.settings)
+        patches.hook(family.model, "forward_pre_hook", self._before_model, with_kwargs=True)
+        patches.hook(family.inner, "forward_pre_hook", self._before_inner, with_kwargs=True)
+        for module in (family.model, family.inner):
+            patches.hook(module, "forward_hook", self._after, always_call=True)
+        patches.hook(family.lm, "forward_pre_hook", self._before_lm, with_kwargs=True)
+        patches.hook(family.lm, "forward_hook", self._after_lm, with_kwargs=True)
+        patches.set(family.inner, "get_image_features", self._watched_features())
+        for module in family.attentions:
+            patches.set(module, "config", NamedConfig(module.config, CALIBRATED))
+        refuse_what_hides_images(patches, family.model, lambda: self.handle.enabled)
+
+    def _watched_features(self) -> Callable[..., Any]:
+        """get_image_features() that remembers, beside its result, what the method needs to know."""
+        original = self.family.inner.get_image_features
+        signature = inspect.signature(original)
+
+        @torch.compiler.disable
+        @functools.wraps(original)  # generate() asks for its signature
+        def get_image_features(*args: Any, **kwargs: Any) -> Any:
+            if not self.handle.enabled:
+                return original(*args, **kwargs)
+            with recording() as record:
+                output = original(*args, **kwargs)
+            features = image_features(output)
+            if features:
+                inputs = signature.bind(*args, **kwargs).arguments
+                seen = self.family.seen(record, features, inputs)
+                remember(features, seen)
+                call = _CALL.get()
+                if call is not None and call.is_image is not None:
+                    call.features, call.seen = features, seen
+            return output
+
+        return get_image_features
+
+    def _before_model(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        unfit = ["labels"] if kwargs.get("labels") is not None else []
+        wanted = kwargs.get("logits_to_keep")
+        if isinstance(wanted, Tensor):
+            unfit.append("logits_to_keep")
+        # Assisted decoding hands over the prompt with the first draft behind it, and asks for the
+        # logits of the prompt's last token and of the draft.
+        generated = max(wanted - 1, 0) if isinstance(wanted, int) else 0
+        _CALL.set(Call(model, _CALL.get(), unfit, generated))
+
+    def _before_inner(
+        self, inner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        # A generated token may be the image token: only a forward that brings images has any.
+        encoded = (kwargs.get("mm_encoder_outputs") or {}).get("image")
+        if not self.handle.enabled or (encoded is None and kwargs.get("pixel_values") is None):
+            return
+        outer = _CALL.get()
+        call = Call(inner, outer, [])
+        if outer is not None:
+            call.unfit, call.generated = outer.unfit, outer.generated
+        input_ids = args[0] if args else kwargs.get("input_ids")
+        call.is_image = self.family.placeholders(input_ids, kwargs.get("inputs_embeds"))
+        if encoded is not None:
+            call.features = image_features(encoded)
+            call.seen = recall(call.features)
+            if call.features and call.seen is None:
+                raise NotImplementedError(
+                    "mm_encoder_outputs must come whole from get_image_features() of this model, "
+                    "attached and enabled; got features of elsewhere (accelerate copies them where "
+                    "the vision tower is on another device than the inputs)"
+                )
+        _CALL.set(call)
+
+    def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        call = _CALL.get()
+        if call is not None and call.module is module:
+            _CALL.set(call.outer)
+
+    def _before_lm(
+        self, lm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Shortens what the language model is given; None, and so stock, if there is no need."""
+        embeds, cache = kwargs.get("inputs_embeds"), kwargs.get("past_key_values")
+        call = _CALL.get()
+        if call is not None and call.seen is None:
+            call = None
+        if embeds is None or (call is None and not restored(cache)):
+            return None
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            past = 0 if cache is None else cache.get_seq_length()
+            positions = torch.arange(past, past + embeds.shape[1], device=embeds.device)[None]
+        cut = None if call is None else self._cut(call, embeds, positions, kwargs)
+        if cut is None and not restored(cache):
+            return None
+        return args, self._calibrated(call, cut, embeds, positions, kwargs)
+
+    def _after_lm(
+        self, lm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        state = kwargs.get(STATE)
+        if isinstance(state, Calibration) and len(state.seen) < len(state.sides):
+            raise RuntimeError(
+                f"{type(lm).__name__} must hand its keyword arguments on to the attention of every "
+                f"layer, got to layers {sorted(state.seen)} of {len(state.sides)}"
+            )
+
+    @torch.compiler.disable
+    def _cut(
+        self, call: Call, embeds: Tensor, positions: Tensor, kwargs: dict[str, Any]
+    ) -> Cut | None:
+        assert call.features and call.seen is not None and call.is_image is not None
+
+        def refuse() -> None:
+            for name in call.unfit:
+                raise ValueError(
+                    f"{name} cannot be used where images are reduced: the sequence gets shorter. "
+                    "Use the logits; handle.last.plan.source says which token each belongs to"
+                )
+            refuse_cache(kwargs.get("past_key_values"))
+            padding_mask(mask, embeds)
+
+        mask = kwargs.get("attention_mask")
+        known = isinstance(mask, Tensor) and mask.dim() == 2  # else refused, if there is need
+        self.handle.last = None
+        return cut_sequence(
+            call.features,
+            call.seen,
+            self.settings,
+            is_image=call.is_image.to(embeds.device),
+            valid=padding_mask(mask if known else None, embeds),
+            positions=positions,
+            encoded_once=self._encoded_once,
+            refuse=refuse,
+        )
+
+    @torch.compiler.disable
+    def _calibrated(
+        self,
+        call: Call | None,
+        cut: Cut | None,
+        embeds: Tensor,
+        positions: Tensor,
+        kwargs: dict[str, Any],
+    ) -> dict[str, Any]:
+        """The language model's arguments for a sequence that is, or goes on from, a reduced one.
+
+        call  the call that brought images, if any
+        """
+        kwargs, lm, S = dict(kwargs), self.family.lm, embeds.shape[1]
+        valid = padding_mask(kwargs.get("attention_mask"), embeds)
+        cache = self._restore_cache(positions, valid, kwargs)
+        layers = restored(cache)
+        past = layers[0].side if layers else None
+        first, others, positions = new_side(
+            cut, positions, valid, past, self.settings, self.family.axes
+        )
+        if cut is not None:
+            kwargs["inputs_embeds"] = cut.plan.shorten(embeds, cut.tokens)
+            logical = layers[0].logical if layers else 0
+            self.handle.last = cut.report(self.family, embeds.dtype, layers, logical)
+
+        reach = S + (layers[0].reach if layers else 0) if cut is None else cut.reach
+        for layer in layers:
+            side = first if layer is layers[0] else others
+            croppable = None if cut is None else cut.behind
+            layer.extend(side, logical=S, reach=reach, croppable=croppable)
+        T = others.log_size.shape[1]
+        far = 0 if call is None else T - min(call.generated, T if cut is None else cut.behind)
+        far = T if self.settings.decode_distance else far
+        far = far if self.settings.distance else 0
+        kwargs[STATE] = Calibration(
+            backend=self.settings.backend,
+            sides=[layer.side for layer in layers if layer.side is not None]
+            or [first, *[others] * (len(lm.layers) - 1)],
+            query_position=others.position,
+            far=far,
+            decay=self._decay_table(reach, embeds.device) if far else None,
+        )
+        kwargs["position_ids"] = positions
+        # Of four dimensions: taken for a mask that is ready. Attention makes its own.
+        kwargs["attention_mask"] = embeds.new_zeros(1, 1, 1, 1)
+        kwargs["past_key_values"] = cache
+        if kwargs.get("cache_position") is not None:  # 4.57
+            kwargs["cache_position"] = kwargs["cache_position"][-T:]
+        return kwargs
+
+    def _restore_cache(self, positions: Tensor, valid: Tensor, kwargs: dict[str, Any]) -> Any:
+        lm, cache, use = self.family.lm, kwargs.get("past_key_values"), kwargs.get("use_cache")
+        use = lm.config.use_cache if use is None else use
+        recomputes = lm.training and getattr(lm, "gradient_checkpointing", False)
+        if cache is None and (not use or recomputes):
+            return None
+
+        def before(count: int) -> Any:
+            mask, axes = kwargs.get("attention_mask"), self.family.axes
+            return side_before(count, mask, positions, valid, axes, self.settings.distance)
+
+        return restore_cache(cache, len(lm.layers), before, lm.config)
+
+    def _decay_table(self, reach: int, device: torch.device) -> Tensor | None:
+        table = self._decay
+        if table is None or table.shape[1] < reach or table.device != device:
+            length = -(-reach // _TABLE_STEP) * _TABLE_STEP
+            table = rope_decay(self.family.lm, length, layer=0)
+            self._decay = table = None if table is None else table.to(device)
+        return table

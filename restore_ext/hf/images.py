@@ -1,0 +1,123 @@
+"""From the features of a batch of images to their reductions, once per image."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from restore_ext.hf.settings import Settings
+from restore_ext.hf.vision import Seen
+from restore_ext.reduce import reduce_tokens
+from restore_ext.reduction import Reduction
+
+
+def images_of_rows(counts: Sequence[int], tokens: Sequence[int]) -> list[list[int]]:
+    """Which images are in each row, given its image tokens and those of each image in order.
+
+    Counts decide, not runs: images may touch, and one may be cut up by separators.
+    """
+    rows: list[list[int]] = []
+    image = 0
+    for row, count in enumerate(counts):
+        rows.append([])
+        while count > 0 and image < len(tokens):
+            rows[-1].append(image)
+            count -= tokens[image]
+            image += 1
+        if count != 0:
+            raise ValueError(
+                f"input_ids: row {row} has {counts[row]} image tokens, which is no whole number of "
+                f"images of {list(tokens)} tokens (in order, over all rows)"
+            )
+    if image != len(tokens):
+        raise ValueError(f"input_ids has image tokens of {image} images, got {len(tokens)} images")
+    return rows
+
+
+def originals(rows: Sequence[Sequence[int]], copies: int) -> list[int]:
+    """For each image, in order, its number before every row was repeated `copies` times (beams)."""
+    numbers: list[int] = []
+    first = 0
+    for row, images in enumerate(rows):
+        numbers += range(first, first + len(images))
+        if row % copies == copies - 1:
+            first += len(images)
+    return numbers
+
+
+def reduce_images(
+    features: Sequence[Tensor],
+    seen: Seen,
+    rows: Sequence[Sequence[int]],
+    settings: Settings,
+    *,
+    encoded_once: bool,
+    refuse: Callable[[], None],
+) -> list[Reduction] | None:
+    """The reduction of every image of the batch (B = 1 each); None if every budget is met already.
+
+    features      [N, C] of each image in the rows; the beams of a row repeat its images
+    seen          of the `seen.images` that were encoded
+    encoded_once  False: before 5.18 the beams' copies are encoded too
+    refuse        called once it is known that there is something to reduce
+    """
+    number = originals(rows, len(features) // seen.images)
+    first = [number.index(image) for image in range(seen.images)]
+    tokens = [len(features[i]) for i in first]
+    owner = _keep_of_image(settings, seen.images, rows, encoded_once)
+    budgets = settings.budgets(tokens, owner, seen.images)
+    if all(budget >= n for budget, n in zip(budgets, tokens, strict=True)):
+        return None
+    refuse()
+    if seen.reduced is not None and seen.reduced[0] is settings:
+        return [seen.reduced[1][image] for image in number]
+    if settings.needs_scores and seen.scores is None:
+        raise ValueError(
+            f"method {settings.method!r} needs scores, which were not read: encode the images with "
+            "the model attached, by this method"
+        )
+    reductions = _reduce([features[i] for i in first], seen, settings, budgets)
+    if not any(reduction.tokens.requires_grad for reduction in reductions):
+        seen.reduced = settings, reductions
+    return [reductions[image] for image in number]
+
+
+def _keep_of_image(
+    settings: Settings, images: int, rows: Sequence[Sequence[int]], encoded_once: bool
+) -> list[int]:
+    given = len(settings.keep) if isinstance(settings.keep, tuple) else images
+    copies, rest = divmod(images, given)
+    if copies == 1 or (not encoded_once and rest == 0 and len(rows) % copies == 0):
+        return originals(rows, copies)
+    raise ValueError(f"keep must be one int or one per image, {images} images, got {given}")
+
+
+def _reduce(
+    features: Sequence[Tensor], seen: Seen, settings: Settings, budgets: Sequence[int]
+) -> list[Reduction]:
+    """Neighbours of one size and budget are reduced together."""
+    reductions: list[Reduction] = []
+    while len(reductions) < len(features):
+        first = past = len(reductions)
+        alike = len(features[first]), budgets[first]
+        while past < len(features) and (len(features[past]), budgets[past]) == alike:
+            past += 1
+        batch = reduce_tokens(
+            torch.stack(list(features[first:past])),
+            keep=budgets[first],
+            method=settings.method,
+            metric=None if seen.metric is None else torch.stack(seen.metric[first:past]),
+            scores=None if seen.scores is None else torch.stack(seen.scores[first:past]),
+            restore=settings.restore,
+            retain=settings.retain,
+            anchor_mode=settings.anchor_mode,
+            seed=settings.seed,
+        )
+        reductions += [_one(batch, b) for b in range(past - first)]
+    return reductions
+
+
+def _one(batch: Reduction, b: int) -> Reduction:
+    fields = (getattr(batch, field.name) for field in dataclasses.fields(batch))
+    return Reduction(*(tensor[b : b + 1] for tensor in fields))

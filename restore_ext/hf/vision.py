@@ -1,0 +1,120 @@
+"""What a reduction needs to know of the images, seen while the vision tower runs as ever."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from restore_ext.hf.attention import MASK_NEEDS, NamedConfig, stock_attention
+from restore_ext.hf.patches import Patches
+from restore_ext.reduction import Reduction
+
+WATCHED = "restore_ext_watched"
+_CHUNK = 256  # queries at a time: received attention never holds a whole N x N matrix
+_ATTRIBUTE = "restore_ext_seen"
+
+
+@dataclass
+class Seen:
+    """Beside the features of a batch of images: importance, and what methods may compare."""
+
+    images: int
+    scores: list[Tensor] | None = None  # [N] float32 per image
+    metric: list[Tensor] | None = None  # [N, Cm] per image; None: the features themselves
+    reduced: tuple[Any, list[Reduction]] | None = None  # what came of it, and with which settings
+
+
+@dataclass
+class Record:
+    """What was seen while one get_image_features() ran."""
+
+    attention: list[Tensor] = field(default_factory=list)  # scores, call by call
+    tower: Tensor | None = None  # the projector's input
+
+
+_RECORD: ContextVar[Record | None] = ContextVar("restore_ext_record", default=None)
+
+
+@contextmanager
+def recording() -> Iterator[Record]:
+    token = _RECORD.set(Record())
+    try:
+        record = _RECORD.get()
+        assert record is not None
+        yield record
+    finally:
+        _RECORD.reset(token)
+
+
+def watch_attention(patches: Patches, module: nn.Module, score: Any) -> None:
+    """Records score(query, key, scaling) of every call of a vision attention module."""
+    watching = NamedConfig(module.config, WATCHED, score)
+    name = watching.stock._attn_implementation
+    if name not in MASK_NEEDS:
+        raise ValueError(
+            f"a method that needs scores reads the vision tower's attention, which must be "
+            f"{' or '.join(MASK_NEEDS)}, got {name!r}; call "
+            "model.set_attn_implementation({'vision_config': 'sdpa'}) first"
+        )
+    patches.set(module, "config", watching)
+
+
+def watch_projector(patches: Patches, projector: nn.Module) -> None:
+    """Records the tower features that go into the projector."""
+
+    def note(_: nn.Module, args: tuple[Any, ...]) -> None:
+        if (record := _RECORD.get()) is not None:
+            record.tower = args[0].detach()
+
+    patches.hook(projector, "forward_pre_hook", note)
+
+
+def watched(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> Any:
+    """The registered attention of a watched module: stock, after a look at its queries and keys."""
+    record = _RECORD.get()
+    if record is not None:
+        scaling = kwargs.get("scaling")
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        with torch.no_grad():
+            record.attention.append(module.config.state(query.float(), key.float(), scale))
+    return stock_attention(module, query, key, value, attention_mask, **kwargs)
+
+
+def cls_attention(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """The CLS token's attention to the others, averaged over heads: [B, H, N+1, D] to [B, N]."""
+    share = (query[:, :, :1] @ key.mT * scale).softmax(-1)
+    return share[:, :, 0, 1:].mean(1)
+
+
+def received_attention(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """What every token gets, averaged over heads and queries: [B, H, N, D] to [B, N]."""
+    total = query.new_zeros(key.shape[:3])
+    for some in query.split(_CHUNK, dim=2):
+        total += (some @ key.mT * scale).softmax(-1).sum(2)
+    return total.mean(1) / query.shape[2]
+
+
+def remember(features: list[Tensor], seen: Seen) -> None:
+    """Ties `seen` to the features. generate() may encode long before the forward and repeat the
+    list for its beams, but hands on the same tensors."""
+    if features:
+        setattr(features[0], _ATTRIBUTE, seen)
+
+
+def recall(features: list[Tensor]) -> Seen | None:
+    return getattr(features[0], _ATTRIBUTE, None) if features else None
+
+
+AttentionInterface.register(WATCHED, watched)

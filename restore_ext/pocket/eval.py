@@ -1,0 +1,141 @@
+"""Accuracy of the built-in model on held-out questions, for every way of reducing its tokens.
+
+One question a scene, so that questions are independent; every configuration answers the same ones,
+so that differences are paired. An answer is the first word after the prompt, right or wrong.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from math import sqrt
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from restore_ext.pocket.model import encode
+from restore_ext.pocket.scenes import ID, held_out
+from restore_ext.pocket.shared import shared_work
+
+BUDGETS = (192, 128, 64)
+METHODS = ("random", "uniform", "divprune", "vispruner", "holov", "tome")
+ABLATION_BUDGETS = (192, 64)
+ABLATION_METHODS = ("divprune", "vispruner")
+# What each step of the ablation asks of attach(), beside method and keep.
+STEPS: dict[str, dict[str, Any]] = {
+    "positions": {"restore": False, "positions": "original"},
+    "merge": {"restore": True, "positions": "reindex", "calibrate": "none"},
+    "merge+positions": {"restore": True, "calibrate": "none"},
+    "merge+positions+size": {"restore": True, "calibrate": "size"},
+    "uniform-anchors": {"restore": True, "anchor_mode": "uniform"},
+}
+
+Right = dict[str, list[bool]]  # configuration -> question by question, was the answer right
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """A name and what attach() is given; no options: all tokens, nothing attached."""
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def configurations() -> list[Configuration]:
+    """Everything the table shows, named "full" or METHOD/BUDGET/WAY."""
+    ways: dict[str, dict[str, Any]] = {
+        "plain": {"restore": False},
+        "paper": {"restore": True, "anchor_mode": "paper"},
+        "official": {"restore": True, "anchor_mode": "official"},
+        "layer0-size": {"restore": True, "anchor_mode": "paper", "layer0": "size"},
+    }
+    named = []
+    for method in METHODS:
+        for keep in BUDGETS:
+            here = {**ways}
+            if method == "tome":
+                del here["official"]  # it merges by itself: it has no anchors
+            if method in ABLATION_METHODS and keep in ABLATION_BUDGETS:
+                here |= STEPS
+            for way, options in here.items():
+                given = {"method": method, "keep": keep, **options}
+                named.append(Configuration(f"{method}/{keep}/{way}", given))
+    return [Configuration("full"), *named]
+
+
+def evaluate(
+    model: Any,
+    processor: Any,
+    questions: int,
+    chosen: Sequence[Configuration],
+    *,
+    right: Right | None = None,
+    batch: int = 64,
+    backend: str = "op",
+    after_batch: Callable[[Right, int], None] = lambda right, questions: None,
+) -> Right:
+    """Asks held-out questions 0..questions-1 under every configuration.
+
+    right        answers of an earlier, interrupted call: what they cover is not asked again
+    batch        scenes answered at once
+    after_batch  is called with all answers so far and the number of questions of the batch
+
+    returns      right, filled up
+    """
+    import restore_ext
+
+    right = {} if right is None else right
+    with shared_work(model), torch.no_grad():
+        for start in range(0, questions, batch):
+            stop = min(start + batch, questions)
+            todo = [c for c in chosen if len(right.get(c.name, [])) < stop]
+            if todo:
+                scenes = [held_out(index) for index in range(start, stop)]
+                asked = [scene.question for scene in scenes]
+                images, texts = [s.image for s in scenes], [q.text for q in asked]
+                inputs = encode(processor, images, texts)
+                inputs = {name: value.to(model.device) for name, value in inputs.items()}
+            for c in todo:
+                if c.options:
+                    with restore_ext.attach(model, backend=backend, **c.options):
+                        answers = first_words(model, inputs)
+                else:
+                    answers = first_words(model, inputs)
+                known = right.setdefault(c.name, [])
+                fresh = [a == ID[q.answer] for a, q in zip(answers, asked, strict=True)]
+                known.extend(fresh[len(known) - start :])
+            after_batch(right, stop - start)
+    return right
+
+
+def first_words(model: Any, inputs: dict[str, Tensor]) -> list[int]:
+    """The id of the likeliest first word of every row's answer."""
+    return model(**inputs, logits_to_keep=1).logits[:, -1].argmax(-1).tolist()
+
+
+def kinds(questions: int) -> list[str]:
+    """The kind of every held-out question."""
+    return [held_out(index).question.kind for index in range(questions)]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean and the half-width of its 95 % interval (normal)."""
+
+    mean: float
+    half: float
+
+
+def accuracy(right: Sequence[bool]) -> Estimate:
+    return _estimate([float(r) for r in right])
+
+
+def difference(right: Sequence[bool], base: Sequence[bool]) -> Estimate:
+    """Accuracy minus accuracy of `base`, question by question."""
+    return _estimate([float(r) - float(b) for r, b in zip(right, base, strict=True)])
+
+
+def _estimate(values: Sequence[float]) -> Estimate:
+    n = len(values)
+    mean = sum(values) / n
+    variance = sum((v - mean) ** 2 for v in values) / max(n - 1, 1)
+    return Estimate(mean, 1.96 * sqrt(variance / n))

@@ -1,0 +1,78 @@
+"""Work that configurations of one evaluation have in common is done once.
+
+They see the same pictures one after another, pick with the same method and merge to the same
+anchors; only what is made of it differs. What is shared here are pure functions of what they are
+given: one that gets the very bits it got a moment ago gives what it gave then. All else runs:
+attach(), the last vision layer's attention, which attach() reads, and the language model.
+"""
+
+import dataclasses
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from restore_ext import ops
+from restore_ext.methods import METHODS
+
+# Two budgets are asked of a method at a time: all of it, and the share that RESTORE retains.
+KEPT = 2
+
+
+@contextmanager
+def shared_work(model: Any) -> Iterator[None]:
+    """Inside, a LLaVA's vision tower and projector, the methods and the anchors remember."""
+    tower = model.model.vision_tower
+    *before, last = getattr(tower, "vision_model", tower).encoder.layers
+    parts: list[nn.Module] = [*before, last.mlp, model.model.multi_modal_projector]
+    methods = dict(METHODS)
+    operators = {name: getattr(ops, name) for name in ("select_anchors", "assign_anchors")}
+    try:
+        for part in parts:
+            part.forward = Memory(part.forward, kept=1)
+        for name, method in methods.items():
+            METHODS[name] = dataclasses.replace(method, run=Memory(method.run))
+        for name, operator in operators.items():
+            setattr(ops, name, Memory(operator))
+        yield
+    finally:
+        for part in parts:
+            vars(part).pop("forward", None)
+        METHODS.update(methods)
+        for name, operator in operators.items():
+            setattr(ops, name, operator)
+
+
+class Memory:
+    """A function that remembers its last few calls."""
+
+    def __init__(self, function: Callable[..., Any], kept: int = KEPT) -> None:
+        self.function = function
+        self.calls: deque[tuple[Any, Any]] = deque(maxlen=kept)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        asked = args, kwargs
+        for before, gave in self.calls:
+            if _same(asked, before):
+                return gave
+        gave = self.function(*args, **kwargs)
+        self.calls.append((asked, gave))
+        return gave
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two arguments are the same bits."""
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, Tensor):
+        return a is b or (a.dtype == b.dtype and torch.equal(a, b))
+    if isinstance(a, (tuple, list)):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    if dataclasses.is_dataclass(a):
+        return _same(vars(a), vars(b))
+    return bool(a == b)

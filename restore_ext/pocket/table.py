@@ -1,0 +1,115 @@
+"""The evaluation's answers as Markdown tables."""
+
+from collections.abc import Sequence
+
+from restore_ext.pocket.eval import (
+    ABLATION_BUDGETS,
+    ABLATION_METHODS,
+    BUDGETS,
+    METHODS,
+    STEPS,
+    Estimate,
+    Right,
+    accuracy,
+    difference,
+    kinds,
+)
+
+# The ablation's rows, in the order in which things are added.
+LADDER = {
+    "plain": "plain",
+    "positions": "original positions alone",
+    "merge": "merge alone",
+    "merge+positions": "merge + positions",
+    "merge+positions+size": "merge + positions + size",
+    "paper": "merge + positions + size + distance (RESTORE)",
+    "uniform-anchors": "RESTORE with evenly spaced anchors",
+}
+
+
+def markdown(right: Right) -> str:
+    """The tables that the answers suffice for, with a line on how to read them."""
+    questions = min(len(answers) for answers in right.values())
+    right = {name: answers[:questions] for name, answers in right.items()}
+    parts = [_full(right, questions), _main(right), _layer0(right), _ablation(right)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _full(right: Right, questions: int) -> str:
+    if "full" not in right:
+        return ""
+    by_kind: dict[str, list[bool]] = {}
+    for kind, answer in zip(kinds(questions), right["full"], strict=True):
+        by_kind.setdefault(kind, []).append(answer)
+    shares = ", ".join(f"{k} {sum(a) / len(a):.3f}" for k, a in sorted(by_kind.items()))
+    full = accuracy(right["full"])
+    return (
+        f"All 576 visual tokens: **{full.mean:.3f}** ± {full.half:.3f} on {questions} held-out "
+        f"questions, one a scene ({shares}). Accuracies below are of the same questions; ± is a "
+        "95 % interval, of a difference a paired one."
+    )
+
+
+def _main(right: Right) -> str:
+    lines = []
+    for keep in BUDGETS:
+        for method in METHODS:
+            plain = right.get(f"{method}/{keep}/plain")
+            paper = right.get(f"{method}/{keep}/paper")
+            official = right.get(f"{method}/{keep}/official")
+            if plain is None or paper is None:
+                continue
+            cells = [str(keep), method, _mean(plain), _mean(paper), _gain(paper, plain)]
+            if official is None:
+                cells += ["no anchors", ""]
+            else:
+                cells += [_mean(official), _gain(official, paper)]
+            lines.append(cells)
+    titles = ["tokens", "method", "plain", "+ RESTORE", "gain", "official anchors"]
+    return _table([*titles, "official - paper"], lines)
+
+
+def _layer0(right: Right) -> str:
+    lines = []
+    for keep in BUDGETS:
+        for method in METHODS:
+            uniform = right.get(f"{method}/{keep}/paper")
+            size = right.get(f"{method}/{keep}/layer0-size")
+            if uniform is not None and size is not None:
+                row = [str(keep), method, _mean(uniform), _mean(size), _gain(size, uniform)]
+                lines.append(row)
+    return _table(["tokens", "method", "layer 0 uniform", "layer 0 size", "difference"], lines)
+
+
+def _ablation(right: Right) -> str:
+    columns = [(m, k) for k in ABLATION_BUDGETS for m in ABLATION_METHODS]
+    if not all(f"{m}/{k}/{way}" in right for m, k in columns for way in [*STEPS, "plain", "paper"]):
+        return ""
+    lines = []
+    for way, title in LADDER.items():
+        cells = [title]
+        for method, keep in columns:
+            here, plain = right[f"{method}/{keep}/{way}"], right[f"{method}/{keep}/plain"]
+            cells.append(_mean(here) + ("" if way == "plain" else f" ({_gain(here, plain)})"))
+        lines.append(cells)
+    titles = [f"{method}, {keep} tokens" for method, keep in columns]
+    return _table(["ablation (gain over plain)", *titles], lines)
+
+
+def _mean(right: Sequence[bool]) -> str:
+    return f"{accuracy(right).mean:.3f}"
+
+
+def _gain(right: Sequence[bool], base: Sequence[bool]) -> str:
+    return _signed(difference(right, base))
+
+
+def _signed(estimate: Estimate) -> str:
+    return f"{estimate.mean:+.3f} ± {estimate.half:.3f}"
+
+
+def _table(titles: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    if not lines:
+        return ""
+    rule = ["---"] * len(titles)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [titles, rule, *lines])

@@ -1,0 +1,208 @@
+"""Problems for calibrated_attention, and the tolerance it is held to."""
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from restore_ext import reference
+
+NEVER = float("-inf")
+
+
+@dataclass(frozen=True)
+class AttentionCase:
+    """By default LLaVA-1.5's prefill: 35 text + 128 of 576 visual + 20 text tokens, in 4 heads."""
+
+    B: int = 1
+    Hq: int = 4
+    Hkv: int = 4
+    Lq: int = 183
+    Lk: int = 183
+    D: int = 128
+    causal: bool = True
+    sizes: bool = True
+    padding: tuple[int, ...] = ()  # keys of a row that are padding, on the left; NaN lies there
+    holes: bool = False  # every fifth key is padding too
+    positions: str | None = "merged"  # or "far": beyond the table on both sides of 0
+    axes: int = 1
+    P: int = 4096  # 0: no decay
+    ranges: str | None = None  # window, prefix, image, nothing, wild
+    softcap: float = 0.0
+    scale: float | None = None
+
+    def __str__(self) -> str:
+        said = [(f.name, getattr(self, f.name)) for f in fields(self)]
+        usual = {f.name: f.default for f in fields(self)}
+        sizes = ("B", "Hq", "Hkv", "Lq", "Lk", "D")
+        return " ".join(f"{n}={v}" for n, v in said if n in sizes or v != usual[n])
+
+    def arguments(self, device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+        """The operator's arguments by name."""
+        g = torch.Generator().manual_seed(0)
+        B, Lq, Lk = self.B, self.Lq, self.Lk
+        query = 2 * torch.randn(B, self.Hq, Lq, self.D, generator=g)  # some rows are peaked
+        key = torch.randn(B, self.Hkv, Lk, self.D, generator=g)
+        value = torch.randn(B, self.Hkv, Lk, self.D, generator=g) + 0.5
+        query_position, key_position = self._positions(g)
+        log_size = None
+        if self.sizes or self.padding or self.holes:
+            log_size = torch.randint(1, 17, (B, Lk), generator=g).float().log()
+            for b, count in enumerate(self.padding):
+                log_size[b, :count] = NEVER
+            if self.holes:
+                log_size[:, ::5] = NEVER
+            padding = (log_size == NEVER)[:, None, :, None]
+            key, value = key.masked_fill(padding, math.nan), value.masked_fill(padding, math.nan)
+        given = {
+            "query": query.to(dtype),
+            "key": key.to(dtype),
+            "value": value.to(dtype),
+            "log_size": log_size,
+            "query_position": query_position,
+            "key_position": key_position,
+            "decay": decay(self.axes, self.P) if self.P else None,
+            "causal": self.causal,
+            "key_range": self._ranges(g),
+            "softcap": self.softcap,
+            "scale": self.scale,
+        }
+        return {k: a.to(device) if isinstance(a, Tensor) else a for k, a in given.items()}
+
+    def _positions(self, g: torch.Generator) -> tuple[Tensor | None, Tensor | None]:
+        """Of keys that ascend with gaps, and of the queries, which are the last of them."""
+        if self.positions is None:
+            return None, None
+        longest = max(self.Lq, self.Lk)
+        shape = (self.B, self.axes, longest) if self.axes > 1 else (self.B, longest)
+        reach = 9 if self.positions == "merged" else 3 * max(self.P, 1)
+        position = torch.randint(1, reach, shape, generator=g).cumsum(-1)
+        if self.positions == "far":
+            position = position - position[..., -1:] // 2
+        position = position.int()
+        at_query, at_key = (position[..., longest - L :].contiguous() for L in (self.Lq, self.Lk))
+        return at_query, at_key
+
+    def _ranges(self, g: torch.Generator) -> Tensor | None:
+        """[B, Lq, 2]: what a model would ask for, and what none would."""
+        if self.ranges is None:
+            return None
+        row = torch.arange(self.Lq).expand(self.B, -1) + self.Lk - self.Lq
+        past = row + 1
+        first = torch.zeros_like(row)
+        if self.ranges == "window":
+            first = row - 20
+        elif self.ranges == "prefix":
+            past = past.clamp(min=self.Lk // 3)
+        elif self.ranges == "image":  # two blocks of a quarter see all of themselves
+            quarter = max(self.Lk // 4, 1)
+            within = (row // quarter) % 2 == 1
+            past = torch.where(within, (row // quarter + 1) * quarter, past)
+        elif self.ranges == "nothing":
+            past = first
+        elif self.ranges == "wild":  # empty, reversed and far outside too
+            first = torch.randint(-self.Lk, 2 * self.Lk, row.shape, generator=g)
+            past = torch.randint(-self.Lk, 2 * self.Lk, row.shape, generator=g)
+        else:
+            raise ValueError(f"unknown ranges: {self.ranges!r}")
+        return torch.stack([first, past], -1).int()
+
+
+SMALL = AttentionCase(B=2, Hq=4, Hkv=2, Lq=9, Lk=13, D=32, P=8)
+CASES = [
+    AttentionCase(),
+    AttentionCase(Hq=2, Hkv=2, Lq=704, Lk=704, positions=None, sizes=False),  # all 576 kept
+    AttentionCase(B=2, Hq=3, Hkv=3, Lq=148, Lk=148, D=64, causal=False),
+    AttentionCase(Hq=1, Hkv=1, Lq=1, Lk=1, D=32),
+    AttentionCase(B=3, Lq=77, Lk=77, D=40),  # nothing divides anything
+    AttentionCase(B=2, Lq=64, Lk=128, D=256),  # everything divides everything
+    AttentionCase(B=2, Hq=8, Hkv=2, Lq=1, Lk=131, D=64),  # one token is decoded
+    AttentionCase(B=2, Hq=8, Hkv=2, Lq=5, Lk=131, D=64, P=0),  # a chunk; sizes alone
+    AttentionCase(Hq=8, Hkv=1, Lq=70, Lk=200, D=64, positions=None),
+    AttentionCase(Lq=90, Lk=20, D=64),  # the first 70 queries see nothing
+    AttentionCase(Lq=90, Lk=20, D=64, causal=False, positions=None),
+    AttentionCase(B=0, Lq=7, Lk=7, D=64),
+    AttentionCase(Hq=0, Lq=7, Lk=7, D=64),
+    AttentionCase(B=2, Lq=0, Lk=7, D=64),
+    AttentionCase(B=2, Lq=7, Lk=0, D=64),
+    AttentionCase(B=4, Lq=150, Lk=150, D=64, padding=(0, 3, 97, 150)),
+    AttentionCase(B=3, Hq=4, Hkv=2, Lq=1, Lk=150, D=64, padding=(0, 3, 97)),
+    AttentionCase(B=2, Lq=70, Lk=130, D=32, holes=True, causal=False, sizes=False),
+    AttentionCase(Lq=150, Lk=150, D=64, ranges="window"),
+    AttentionCase(B=2, Lq=100, Lk=150, D=64, ranges="prefix", causal=False),
+    AttentionCase(B=2, Lq=150, Lk=150, D=64, ranges="image", causal=False, padding=(0, 30)),
+    AttentionCase(B=2, Lq=70, Lk=70, D=64, ranges="nothing"),
+    AttentionCase(B=2, Lq=150, Lk=140, D=64, ranges="wild"),
+    AttentionCase(B=2, Lq=150, Lk=150, D=64, ranges="wild", causal=False, holes=True),
+    AttentionCase(B=2, Lq=150, Lk=150, D=128, axes=3, P=512),
+    AttentionCase(B=2, Hq=8, Hkv=2, Lq=3, Lk=150, D=128, axes=3, P=512, positions=None),
+    AttentionCase(Lq=90, Lk=90, D=64, positions="far", P=50),
+    AttentionCase(Lq=90, Lk=90, D=64, positions="far", P=1),
+    AttentionCase(Lq=90, Lk=90, D=64, positions="far", axes=2, P=50),
+    AttentionCase(Lq=90, Lk=90, D=64, softcap=5.0),
+    AttentionCase(Lq=90, Lk=90, D=64, scale=0.5),
+    AttentionCase(Lq=90, Lk=90, D=64, scale=-1.0, P=0, positions=None, sizes=False),
+]
+
+
+def decay(axes: int, P: int) -> Tensor:
+    """[G, P] float32: RoPE's mean cosine at each distance, base 10 000, weighted over the axes."""
+    frequency = 1e4 ** -(torch.arange(0, 128, 2, dtype=torch.float64) / 128)
+    cosine = torch.cos(torch.arange(P, dtype=torch.float64)[:, None] * frequency)
+    return torch.stack([part.sum(1) / 64 for part in cosine.chunk(axes, 1)]).float()
+
+
+def truth(given: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """(out, lse) in float64."""
+    heads = {k: given[k].double() for k in ("query", "key", "value")}
+    out, lse = reference.calibrated_attention(**given | heads, return_lse=True)
+    return out, lse
+
+
+def by_sdpa(given: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """(out, lse) as plain torch has them: SDPA's maths with a float32 bias; float32 logits."""
+    q, k, v = (given[name] for name in ("query", "key", "value"))
+    B, Hq, Lq, D = q.shape
+    Lk = k.shape[2]
+    if given["log_size"] is not None:
+        padding = (given["log_size"] == NEVER)[:, None, :, None]
+        k, v = k.masked_fill(padding, 0), v.masked_fill(padding, 0)
+    names = ("log_size", "query_position", "key_position", "decay", "causal", "key_range")
+    bias = reference.attention_bias(B, Lq, Lk, **{n: given[n] for n in names}, device=q.device)
+
+    scale = D**-0.5 if given["scale"] is None else given["scale"]
+    repeat = Hq // k.shape[1]
+    logit = q.float() @ k.float().repeat_interleave(repeat, 1).mT * scale
+    if softcap := given["softcap"]:  # which SDPA does not have
+        logit = softcap * torch.tanh(logit / softcap) + bias
+        weights = logit.softmax(-1).nan_to_num(0)
+        return (weights @ v.float().repeat_interleave(repeat, 1)).to(q.dtype), logit.logsumexp(-1)
+    with sdpa_kernel(SDPBackend.MATH):
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=bias, scale=scale, enable_gqa=True
+        )
+    return out, (logit + bias).logsumexp(-1)
+
+
+def assert_within_twice_sdpa(got: tuple[Tensor, Tensor], given: dict[str, Any]) -> None:
+    """Error against float64 at most twice that of plain torch in the same dtype, plus one ulp.
+
+    Holds for the output and for the log-sum-exp; where a query sees nothing they are 0 and -inf.
+    """
+    for name, ours, plain, exact in zip(
+        ("out", "lse"), got, by_sdpa(given), truth(given), strict=True
+    ):
+        assert ours.shape == exact.shape
+        seen = exact.isfinite()
+        assert torch.equal(ours[~seen].double(), exact[~seen]), f"{name}: finite, or should be"
+        ours, plain, exact = ours[seen], plain[seen], exact[seen]
+        if not ours.numel():
+            continue
+        # The logits are sums of about this size, however small what they come to.
+        scale = exact.abs() if name == "out" else exact.abs().clamp(min=exact.abs().max())
+        allowed = 2 * (plain - exact).abs().max().item()
+        worst = ((ours - exact).abs() - torch.finfo(ours.dtype).eps * scale).max().item()
+        assert worst <= allowed, f"{name}: error {worst:.2e} past an ulp, {allowed:.2e} is allowed"
