@@ -1,4 +1,4 @@
-"""Builds restore_ext._C on the LibTorch stable ABI: one abi3 library for Python >= 3.10, torch >= 2.11.
+"""Builds restore_ext._C on the LibTorch stable ABI: one library, Python >= 3.10, torch >= 2.11.
 
 CPU torch               the CPU operators
 CUDA torch and nvcc     the CPU and CUDA operators
@@ -47,7 +47,9 @@ def plain_nvcc() -> list[str]:
     objects = []
     for kernel in kernels:
         objects.append(str(build / f"{Path(kernel).stem}.o"))
-        subprocess.check_call([f"{home}/bin/nvcc", *NVCC, *gencode, "-c", kernel, "-o", objects[-1]])
+        subprocess.check_call(
+            [f"{home}/bin/nvcc", *NVCC, *gencode, "-c", kernel, "-o", objects[-1]]
+        )
     return objects
 
 

@@ -8,13 +8,15 @@ or configurations only add to them. Answers of other weights are not mixed: they
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import os
 import platform
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +26,13 @@ from tqdm import tqdm
 
 from restore_ext.cli.load import quiet
 from restore_ext.pocket import load_pocket
-from restore_ext.pocket.eval import Right, configurations, evaluate
+from restore_ext.pocket.eval import Batch, Right, add, answer, configurations, plan
 from restore_ext.pocket.model import FOLDER
 from restore_ext.pocket.table import markdown
 
 RESULTS = Path("bench/results/pocket_eval.json")
 README = Path("README.md")
+worker: Callable[[Batch], Right]  # of this process, see start_worker
 BEGIN, END = "<!-- pocket-table:begin -->", "<!-- pocket-table:end -->"
 
 
@@ -38,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--questions", type=int, default=2048)
     parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
     parser.add_argument("--only", default="", help="configurations whose name has this in it")
     parser.add_argument("--backend", choices=["op", "mask"], default="op")
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -48,28 +52,41 @@ def main(argv: Sequence[str] | None = None) -> None:
     if a.table:
         write_table(a.results, a.readme)
         return
-    quiet()
     right = {} if a.fresh else kept(a.results)
-    model, processor = load_pocket()
     chosen = [c for c in configurations() if a.only in c.name]
+    batches = [b for b in plan(a.questions, chosen, right, a.batch) if b.todo]
     start = time.perf_counter()
-    with tqdm(total=a.questions, unit="question") as bar:
-
-        def after_batch(right: Right, questions: int) -> None:
+    with tqdm(total=sum(b.stop - b.start for b in batches), unit="question") as bar:
+        for batch, answers in zip(batches, answer_all(batches, a), strict=True):
+            add(right, batch, answers)
             save(a.results, right, a)
-            bar.update(questions)
-
-        evaluate(
-            model,
-            processor,
-            a.questions,
-            chosen,
-            right=right,
-            batch=a.batch,
-            backend=a.backend,
-            after_batch=after_batch,
-        )
+            bar.update(batch.stop - batch.start)
     print(f"{len(chosen)} configurations, {time.perf_counter() - start:.0f} s: {a.results}")
+
+
+def answer_all(batches: Sequence[Batch], a: argparse.Namespace) -> Iterator[Right]:
+    """The batches' answers, in order, by several processes of few threads each: one process of
+    many cannot keep the cores busy on a model of this size."""
+    if a.workers == 1:
+        start_worker(None, a.backend)
+        yield from map(work, batches)
+        return
+    threads = max(1, (os.cpu_count() or 1) // a.workers)
+    with get_context("spawn").Pool(a.workers, start_worker, (threads, a.backend)) as pool:
+        yield from pool.imap(work, batches)
+
+
+def start_worker(threads: int | None, backend: str) -> None:
+    """Loads the model into this process."""
+    global worker
+    if threads is not None:
+        torch.set_num_threads(threads)
+    quiet()
+    worker = functools.partial(answer, *load_pocket(), backend=backend)
+
+
+def work(batch: Batch) -> Right:
+    return worker(batch)
 
 
 def kept(results: Path) -> Right:
@@ -106,7 +123,7 @@ def made(a: argparse.Namespace) -> dict[str, Any]:
     return {
         "command": f"python -m bench.eval_pocket --questions {a.questions} --backend {a.backend}",
         "weights": fingerprint(),
-        "machine": f"{device}, {torch.get_num_threads()} threads",
+        "machine": f"{device}, {a.workers} processes",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "commit": commit.stdout.strip() or "none",

@@ -184,6 +184,16 @@ def test_a_processor_that_needs_torchvision_says_what_to_install(
     )
 
 
+@pytest.mark.parametrize("absent", ["PIL", "transformers"])
+def test_without_an_extra_it_says_which_and_config_still_works(absent):
+    code = f"import sys; sys.modules[{absent!r}] = None; from restore_ext.cli import main; "
+    code += "sys.exit(main(['config']) or main(['demo']))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2 and "CPU" in done.stdout
+    wanted = f"restore-ext: error: demo needs {absent}: pip install 'restore_ext[cli]'\n"
+    assert done.stderr == wanted
+
+
 def test_a_missing_argument_names_itself(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["run", "--model", "pocket"])

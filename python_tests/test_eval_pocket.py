@@ -10,13 +10,16 @@ import restore_ext
 from bench import eval_pocket
 from restore_ext.pocket import encode, held_out, load_pocket
 from restore_ext.pocket.eval import (
+    Batch,
     Configuration,
     accuracy,
+    add,
+    answer,
     configurations,
     difference,
-    evaluate,
     first_words,
     kinds,
+    plan,
 )
 from restore_ext.pocket.scenes import ID
 from restore_ext.pocket.shared import Memory, shared_work
@@ -77,18 +80,27 @@ def test_sharing_work_changes_no_bit(pocket):
     assert "forward" not in vars(model.model.multi_modal_projector)
 
 
+def evaluate(pocket, questions, chosen, batch, right=None):
+    right = {} if right is None else right
+    for part in plan(questions, chosen, right, batch):
+        add(right, part, answer(*pocket, part))
+    return right
+
+
 def test_an_interrupted_evaluation_goes_on_to_the_same_answers(pocket):
-    batches = []
-    whole = evaluate(*pocket, 7, CHOSEN, batch=3, after_batch=lambda _, n: batches.append(n))
-    assert batches == [3, 3, 1] and all(len(answers) == 7 for answers in whole.values())
-    part = evaluate(*pocket, 2, CHOSEN[:2], batch=2)
-    assert evaluate(*pocket, 7, CHOSEN, batch=3, right=part) == whole
+    whole = evaluate(pocket, 7, CHOSEN, batch=3)
+    assert [len(answers) for answers in whole.values()] == [7] * 3
+    part = evaluate(pocket, 2, CHOSEN[:2], batch=2)
+    left = [(b.start, b.stop, len(b.todo)) for b in plan(7, CHOSEN, part, batch=2)]
+    assert left == [(0, 2, 1), (2, 4, 3), (4, 6, 3), (6, 7, 3)]
+    assert evaluate(pocket, 7, CHOSEN, batch=3, right=part) == whole
+    assert not any(b.todo for b in plan(7, CHOSEN, part))
 
 
 @torch.no_grad()
 def test_an_answer_is_right_when_it_is_the_scenes_answer(pocket):
     model, processor = pocket
-    (right,) = evaluate(model, processor, 12, CHOSEN[:1], batch=12).values()
+    (right,) = answer(model, processor, Batch(0, 12, CHOSEN[:1])).values()
     for index, was_right in enumerate(right):
         scene = held_out(index)
         inputs = encode(processor, [scene.image], [scene.question.text])
@@ -138,7 +150,7 @@ def test_the_tables_say_what_the_answers_say():
 
 def test_the_command_keeps_answers_and_writes_the_readme(tmp_path, capsys):
     results, readme = tmp_path / "r" / "answers.json", tmp_path / "README.md"
-    ask = ["--results", str(results), "--only", "vispruner/64/p", "--batch", "2"]
+    ask = ["--results", str(results), "--only", "vispruner/64/p", "--batch", "2", "--workers", "1"]
     eval_pocket.main([*ask, "--questions", "2"])
     first = json.loads(results.read_text())["rows"]
     eval_pocket.main([*ask, "--questions", "4"])

@@ -132,11 +132,13 @@ def test_verifying_several_tokens_at_once_equals_one_by_one_and_can_be_taken_bac
 
 @each_family
 @each_backend
-def test_the_rows_of_a_reduced_cache_can_be_repeated_reordered_and_chosen(family, backend):
+@pytest.mark.parametrize("far", [False, True])
+def test_the_rows_of_a_reduced_cache_can_be_repeated_reordered_and_chosen(family, backend, far):
     """What searches do to a cache: sizes, padding and positions must go with their keys."""
     inputs = make_inputs(family, RAGGED)
     model = tiny_model(family)
-    handle = attach(model, backend=backend)
+    handle = attach(model, backend=backend, decode_distance=far)
+    setting = Setting(decode_distance=far)
     logical = inputs["input_ids"].shape[1]
     if family == "llava":  # as generate() numbers a padded row
         inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
@@ -146,13 +148,13 @@ def test_the_rows_of_a_reduced_cache_can_be_repeated_reordered_and_chosen(family
     past.reorder_cache(torch.tensor([3, 0, 2, 1]))
     past.batch_select_indices(torch.tensor([0, 1, 3]))
     rows, tokens = [1, 0, 0], torch.tensor([[17], [40], [99]])
-    prompts = [reduced_row(family, inputs, handle, row, Setting()) for row in rows]
+    prompts = [reduced_row(family, inputs, handle, row, setting) for row in rows]
     ends = torch.tensor([prompt.following for prompt in prompts])[:, None]
     place = ends.expand(naive(family).axes(), 3, 1) if naive(family).axes() == 3 else ends
     mask = torch.cat([inputs["attention_mask"][rows], torch.ones(3, 1, dtype=torch.long)], 1)
     out = step(model, tokens, past, logical, position_ids=place, attention_mask=mask)
     for prompt, token, got in zip(prompts, tokens, out.logits[:, -1], strict=True):
-        want = naive(family).logits(prompt, [int(token), 0], Setting())[-1]
+        want = naive(family).logits(prompt, [int(token), 0], setting)[-1]
         assert_close(got, want)
 
 

@@ -156,7 +156,8 @@ def test_the_vision_tower_says_the_same_bits_while_it_is_watched(family, backend
 def test_the_reduction_is_reduce_tokens_of_the_projected_features(family, backend, restore, method):
     inputs = make_inputs(family, RAGGED)
     model = tiny_model(family)
-    options = {"restore": restore, "seed": 5, "method": method, "keep_ratio": 0.4}
+    options = {"method": method, "keep_ratio": 0.4, "restore": restore, "seed": 5}
+    options |= {"retain": 0.25, "anchor_mode": "official"}  # no default among them
     handle = attach(model, backend=backend, positions="original", **options)
     generate(model, inputs, max_new_tokens=NEW)
     for image, features in zip(handle.last.images, image_features(model, inputs), strict=True):

@@ -178,6 +178,22 @@ def test_a_prompt_is_what_training_chats_begin_with(pocket):
         assert labels[len(asked)] == ID[question.answer]
 
 
+def test_a_second_turn_is_what_training_goes_on_with(pocket):
+    _, things = draw(np.random.default_rng(8))
+    ids, _ = chat(things, np.random.default_rng(8), Settings(steps=1, questions=2))
+    rng = np.random.default_rng(8)
+    first, second = ask(things, rng), ask(things, rng)
+    picture_last = [{"type": "text", "text": first.text}, {"type": "image"}]
+    turns = [
+        {"role": "user", "content": picture_last},
+        {"role": "assistant", "content": first.answer},
+        {"role": "user", "content": [{"type": "text", "text": second.text}]},
+    ]
+    text = pocket[1].apply_chat_template(turns, add_generation_prompt=True)
+    asked = pocket[1].tokenizer(text.replace("<image>", "<image>" * 576))["input_ids"]
+    assert asked == ids[: len(asked)] and ids[len(asked)] == ID[second.answer]
+
+
 def test_pixels_are_what_training_saw(pocket):
     pixels, *_ = batch(np.random.default_rng(5), Settings(steps=1, batch=1))
     image, _ = draw(np.random.default_rng(5))

@@ -1,4 +1,4 @@
-"""Checks a built wheel: abi3 tag, files that must ship, and an import with torch and numpy alone."""
+"""Checks a built wheel: its tag, what must ship, and an import with torch and numpy alone."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ MUST_SHIP = [
     "restore_ext/pocket/model/model.safetensors",
     "restore_ext/pocket/model/tokenizer.json",
 ]
-# Imports the package from the wheel in an interpreter that refuses everything the core must not need.
+# Uses the package from the wheel where everything that the core must not need is refused.
 CORE_ALONE = """
 import sys
 for name in ("transformers", "accelerate", "PIL", "tqdm", "safetensors"):
@@ -33,12 +33,19 @@ def main(path: str) -> None:
             assert not missing, f"{path} lacks {missing}"
             wheel.extractall(folder)
         subprocess.run(
-            [sys.executable, "-c", f"import sys; sys.path.insert(0, {folder!r})\n{CORE_ALONE}", folder],
+            [
+                sys.executable,
+                "-c",
+                f"import sys; sys.path.insert(0, {folder!r})\n{CORE_ALONE}",
+                folder,
+            ],
             check=True,
             cwd=folder,
         )
     size = Path(path).stat().st_size / 2**20
-    print(f"{Path(path).name}: {len(names)} files, {size:.1f} MiB, imports with torch and numpy alone")
+    print(
+        f"{Path(path).name}: {len(names)} files, {size:.1f} MiB, imports with torch and numpy alone"
+    )
 
 
 if __name__ == "__main__":

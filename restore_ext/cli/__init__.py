@@ -35,8 +35,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(arguments)
     except UserError as error:
-        print(f"restore-ext: error: {error}", file=sys.stderr)
-        return 2
+        said = str(error)
+    except ModuleNotFoundError as error:
+        package = (error.name or "restore_ext").split(".")[0]
+        if package == "restore_ext":
+            raise
+        said = f"{arguments.command} needs {package}: pip install 'restore_ext[cli]'"
+    print(f"restore-ext: error: {said}", file=sys.stderr)
+    return 2
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -1,8 +1,10 @@
 """What a user can get wrong, said in one line."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from PIL import Image, UnidentifiedImageError
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 class UserError(Exception):
@@ -27,8 +29,10 @@ def check_reduction(method: str, keep: int, repeats: int) -> None:
         raise UserError(f"--repeats must be at least 1, got {repeats}")
 
 
-def open_image(file: str) -> Image.Image:
+def open_image(file: str) -> "Image.Image":
     """The picture in `file`, as RGB."""
+    from PIL import Image, UnidentifiedImageError
+
     path = Path(file)
     if not path.exists():
         raise UserError(f"--image: there is no file {file}")

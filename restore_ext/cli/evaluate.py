@@ -5,8 +5,7 @@ import argparse
 from restore_ext.cli.errors import UserError
 from restore_ext.cli.load import quiet
 from restore_ext.pocket import load_pocket
-from restore_ext.pocket.eval import accuracy, configurations
-from restore_ext.pocket.eval import evaluate as ask_all
+from restore_ext.pocket.eval import Right, accuracy, add, answer, configurations, plan
 from restore_ext.pocket.table import markdown
 
 
@@ -21,14 +20,11 @@ def evaluate(arguments: argparse.Namespace) -> None:
         raise UserError(f"--only: no configuration has {arguments.only!r} in its name")
     quiet()
     model, processor = load_pocket()
+    right: Right = {}
     with tqdm(total=arguments.questions, unit="question") as bar:
-        right = ask_all(
-            model,
-            processor,
-            arguments.questions,
-            chosen,
-            after_batch=lambda _, questions: bar.update(questions),
-        )
+        for batch in plan(arguments.questions, chosen, right):
+            add(right, batch, answer(model, processor, batch))
+            bar.update(batch.stop - batch.start)
     for name, answers in right.items():
         estimate = accuracy(answers)
         print(f"{name:<36} {estimate.mean:.3f} ± {estimate.half:.3f}")

@@ -4,7 +4,7 @@ One question a scene, so that questions are independent; every configuration ans
 so that differences are paired. An answer is the first word after the prompt, right or wrong.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import sqrt
 from typing import Any
@@ -62,49 +62,51 @@ def configurations() -> list[Configuration]:
     return [Configuration("full"), *named]
 
 
-def evaluate(
-    model: Any,
-    processor: Any,
-    questions: int,
-    chosen: Sequence[Configuration],
-    *,
-    right: Right | None = None,
-    batch: int = 64,
-    backend: str = "op",
-    after_batch: Callable[[Right, int], None] = lambda right, questions: None,
-) -> Right:
-    """Asks held-out questions 0..questions-1 under every configuration.
+@dataclass(frozen=True)
+class Batch:
+    """Held-out questions start..stop-1, and the configurations they are still to be asked under."""
 
-    right        answers of an earlier, interrupted call: what they cover is not asked again
-    batch        scenes answered at once
-    after_batch  is called with all answers so far and the number of questions of the batch
+    start: int
+    stop: int
+    todo: list[Configuration]
 
-    returns      right, filled up
-    """
+
+def plan(
+    questions: int, chosen: Sequence[Configuration], right: Right, batch: int = 64
+) -> list[Batch]:
+    """What is left to ask of held-out questions 0..questions-1, `batch` scenes at a time."""
+    batches = []
+    for start in range(0, questions, batch):
+        stop = min(start + batch, questions)
+        todo = [c for c in chosen if len(right.get(c.name, [])) < stop]
+        batches.append(Batch(start, stop, todo))
+    return batches
+
+
+def answer(model: Any, processor: Any, batch: Batch, backend: str = "op") -> Right:
+    """Asks one batch under each of its configurations."""
     import restore_ext
 
-    right = {} if right is None else right
+    scenes = [held_out(index) for index in range(batch.start, batch.stop)]
+    wanted = [ID[scene.question.answer] for scene in scenes]
+    right: Right = {}
     with shared_work(model), torch.no_grad():
-        for start in range(0, questions, batch):
-            stop = min(start + batch, questions)
-            todo = [c for c in chosen if len(right.get(c.name, [])) < stop]
-            if todo:
-                scenes = [held_out(index) for index in range(start, stop)]
-                asked = [scene.question for scene in scenes]
-                images, texts = [s.image for s in scenes], [q.text for q in asked]
-                inputs = encode(processor, images, texts)
-                inputs = {name: value.to(model.device) for name, value in inputs.items()}
-            for c in todo:
-                if c.options:
-                    with restore_ext.attach(model, backend=backend, **c.options):
-                        answers = first_words(model, inputs)
-                else:
-                    answers = first_words(model, inputs)
-                known = right.setdefault(c.name, [])
-                fresh = [a == ID[q.answer] for a, q in zip(answers, asked, strict=True)]
-                known.extend(fresh[len(known) - start :])
-            after_batch(right, stop - start)
+        inputs = encode(processor, [s.image for s in scenes], [s.question.text for s in scenes])
+        for c in batch.todo:
+            if c.options:
+                with restore_ext.attach(model, backend=backend, **c.options):
+                    words = first_words(model, inputs)
+            else:
+                words = first_words(model, inputs)
+            right[c.name] = [w == a for w, a in zip(words, wanted, strict=True)]
     return right
+
+
+def add(right: Right, batch: Batch, answers: Right) -> None:
+    """Puts a batch's answers behind those of the batches before it; what is there already stays."""
+    for name, fresh in answers.items():
+        known = right.setdefault(name, [])
+        known.extend(fresh[len(known) - batch.start :])
 
 
 def first_words(model: Any, inputs: dict[str, Tensor]) -> list[int]:

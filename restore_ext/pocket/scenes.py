@@ -72,7 +72,7 @@ class Scene(NamedTuple):
 
 def held_out(index: int) -> Scene:
     """Scene number `index` of those no training run has seen, with one question."""
-    rng = np.random.default_rng(index)
+    rng = np.random.default_rng([HELD_OUT, index])
     image, things = draw(rng)
     return Scene(image, things, ask(things, rng))
 
