@@ -104,10 +104,8 @@ def attach(
                 `labels` (use the logits and handle.last.plan), a static, quantised or offloaded
                 cache (use prepare_inputs), prefill_chunk_size, continuous batching.
 
-    Without a cache every step is a prompt, so the distance term reaches generated tokens too. With
-    an int logits_to_keep = k, the last k - 1 tokens behind the images count as generated: that is
-    how assisted decoding passes its first draft. Separators and newlines between image tokens are
-    text. Videos are left as they are.
+    Without a cache every step is a prompt, so the distance term reaches generated tokens too.
+    Separators and newlines between image tokens are text. Videos are left as they are.
     """
     family = find_family(model)
     settings = make_settings(

@@ -15,8 +15,8 @@ from restore_ext.hf.cache import refuse_cache, restore_cache, restored
 from restore_ext.hf.compat import encodes_before_forward, image_features
 from restore_ext.hf.cut import Cut, cut_sequence, new_side, padding_mask, side_before
 from restore_ext.hf.families import Family
+from restore_ext.hf.generation import drafted, watch_generation
 from restore_ext.hf.patches import Patches
-from restore_ext.hf.refusals import refuse_what_hides_images
 from restore_ext.hf.settings import Settings
 from restore_ext.hf.vision import Seen, recall, recording, remember
 from restore_ext.rope import rope_decay
@@ -34,7 +34,7 @@ class Call:
     module: nn.Module
     outer: "Call | None"
     unfit: list[str]  # arguments that count tokens of the sequence as it was
-    generated: int = 0  # tokens at the end that are no prompt
+    draft: int = 0  # tokens at the end that are no prompt
     is_image: Tensor | None = None  # [B, S] bool
     features: list[Tensor] | None = None  # [N, C] per image
     seen: Seen | None = None
@@ -66,7 +66,7 @@ class Hooks:
         patches.set(family.inner, "get_image_features", self._watched_features())
         for module in family.attentions:
             patches.set(module, "config", NamedConfig(module.config, CALIBRATED))
-        refuse_what_hides_images(patches, family.model, lambda: self.handle.enabled)
+        watch_generation(patches, family.model, lambda: self.handle.enabled)
 
     def _watched_features(self) -> Callable[..., Any]:
         """get_image_features() that remembers, beside its result, what the method needs to know."""
@@ -96,13 +96,11 @@ class Hooks:
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         unfit = ["labels"] if kwargs.get("labels") is not None else []
-        wanted = kwargs.get("logits_to_keep")
-        if isinstance(wanted, Tensor):
+        if isinstance(kwargs.get("logits_to_keep"), Tensor):
             unfit.append("logits_to_keep")
-        # Assisted decoding hands over the prompt with the first draft behind it, and asks for the
-        # logits of the prompt's last token and of the draft.
-        generated = max(wanted - 1, 0) if isinstance(wanted, int) else 0
-        _CALL.set(Call(model, _CALL.get(), unfit, generated))
+        input_ids = args[0] if args else kwargs.get("input_ids")
+        draft = 0 if input_ids is None else drafted(input_ids.shape[1])
+        _CALL.set(Call(model, _CALL.get(), unfit, draft))
 
     def _before_inner(
         self, inner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -114,7 +112,7 @@ class Hooks:
         outer = _CALL.get()
         call = Call(inner, outer, [])
         if outer is not None:
-            call.unfit, call.generated = outer.unfit, outer.generated
+            call.unfit, call.draft = outer.unfit, outer.draft
         input_ids = args[0] if args else kwargs.get("input_ids")
         call.is_image = self.family.placeholders(input_ids, kwargs.get("inputs_embeds"))
         if encoded is not None:
@@ -223,7 +221,7 @@ class Hooks:
             croppable = None if cut is None else cut.behind
             layer.extend(side, logical=S, reach=reach, croppable=croppable)
         T = others.log_size.shape[1]
-        far = 0 if call is None else T - min(call.generated, T if cut is None else cut.behind)
+        far = 0 if call is None else T - call.draft
         far = T if self.settings.decode_distance else far
         far = far if self.settings.distance else 0
         kwargs[STATE] = Calibration(
