@@ -39,7 +39,7 @@ wheel: $(VENV)/ready
 	$(BIN)/python tools/check_wheel.py build/wheel/*.whl
 
 cmake: $(VENV)/ready
-	cmake -S . -B build/cmake -DPython3_EXECUTABLE=$(abspath $(BIN)/python) > /dev/null
+	cmake -S . -B build/cmake -DPython_EXECUTABLE=$(abspath $(BIN)/python) > /dev/null
 	cmake --build build/cmake --parallel 2
 
 # Every bench once: providers agree, and the clock runs. The times mean little.
