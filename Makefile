@@ -4,7 +4,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
-SOURCES := $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.c' 2>/dev/null)
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
 .PHONY: demo test ci build style types wheel bench-smoke cmake matrix pocket-table clean
 
@@ -39,8 +39,8 @@ wheel: $(VENV)/ready
 	$(BIN)/python tools/check_wheel.py build/wheel/*.whl
 
 cmake: $(VENV)/ready
-	cmake -S . -B build/cmake -DPython_EXECUTABLE=$(abspath $(BIN)/python) > /dev/null
-	cmake --build build/cmake --parallel 2
+	$(BIN)/cmake -S . -B build/cmake -DPython_EXECUTABLE=$(abspath $(BIN)/python) > /dev/null
+	$(BIN)/cmake --build build/cmake --parallel 2
 
 # Every bench once: providers agree, and the clock runs. The times mean little.
 bench-smoke: build

@@ -26,7 +26,7 @@ home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
 
 # An op is found by where it stands; there is no list to keep.
 folders = ["csrc", "csrc/cpu", *(["csrc/cuda"] if with_cuda else [])]
-sources = ["csrc/module.c", *sorted(str(p) for f in folders for p in Path(f).glob("*.cpp"))]
+sources = sorted(str(p) for f in folders for p in Path(f).glob("*.cpp"))
 major, minor = map(int, TORCH_TARGET.split("."))
 macros = [
     ("TORCH_TARGET_VERSION", f"0x{major << 56 | minor << 48:016x}"),
@@ -34,7 +34,7 @@ macros = [
     ("RESTORE_EXT_CUDA_ARCHS", f'"{ARCHS if with_cuda else ""}"'),
 ]
 common = {"py_limited_api": True, "define_macros": macros}
-flags = ["-O3", "-fvisibility=hidden", "-Wall"]
+flags = ["-O3", "-std=c++20", "-fvisibility=hidden", "-Wall"]
 NVCC = ["-O3", "-std=c++17", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 
 

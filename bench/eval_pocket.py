@@ -12,7 +12,6 @@ import functools
 import hashlib
 import json
 import os
-import platform
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,12 +23,15 @@ import torch
 import transformers
 from tqdm import tqdm
 
+from bench.harness import machine
 from restore_ext.cli.load import quiet
 from restore_ext.pocket import load_pocket
-from restore_ext.pocket.eval import Batch, Right, add, answer, configurations, plan
+from restore_ext.pocket.eval import Batch, Configuration, Right, add, answer, configurations, plan
 from restore_ext.pocket.model import FOLDER
 from restore_ext.pocket.table import markdown
 
+Row = dict[str, Any]
+ENOUGH = 2000  # questions, for a table that is shown
 RESULTS = Path("bench/results/pocket_eval.json")
 README = Path("README.md")
 worker: Callable[[Batch], Right]  # of this process, see start_worker
@@ -52,14 +54,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     if a.table:
         write_table(a.results, a.readme)
         return
-    right = {} if a.fresh else kept(a.results)
     chosen = [c for c in configurations() if a.only in c.name]
+    rows = {} if a.fresh else kept(a.results)
+    right = {name: unpack(row["right"], row["questions"]) for name, row in rows.items()}
+    facts, commit = made(a), code()  # now: what runs is what was read when this began
     batches = [b for b in plan(a.questions, chosen, right, a.batch) if b.todo]
     start = time.perf_counter()
     with tqdm(total=sum(b.stop - b.start for b in batches), unit="question") as bar:
         for batch, answers in zip(batches, answer_all(batches, a), strict=True):
             add(right, batch, answers)
-            save(a.results, right, a)
+            for c in batch.todo:
+                rows[c.name] = row(c, right[c.name], commit, rows.get(c.name))
+            save(a.results, facts, rows)
             bar.update(batch.stop - batch.start)
     print(f"{len(chosen)} configurations, {time.perf_counter() - start:.0f} s: {a.results}")
 
@@ -89,45 +95,52 @@ def work(batch: Batch) -> Right:
     return worker(batch)
 
 
-def kept(results: Path) -> Right:
-    """The answers in `results`, if they are these weights' answers."""
+def kept(results: Path) -> dict[str, Row]:
+    """The rows in `results` that are these weights' answers under today's options of that name."""
     if not results.is_file():
         return {}
     content = json.loads(results.read_text())
     if content["made"]["weights"] != fingerprint():
         print(f"{results} is of other weights: starting anew")
         return {}
-    return {name: unpack(row["right"], row["questions"]) for name, row in content["rows"].items()}
+    options = {c.name: c.options for c in configurations()}
+    return {n: row for n, row in content["rows"].items() if row["options"] == options.get(n)}
 
 
-def save(results: Path, right: Right, a: argparse.Namespace) -> None:
-    """Writes the answers whole or not at all."""
-    rows = {
-        name: {
-            "accuracy": round(sum(answers) / len(answers), 4),
-            "questions": len(answers),
-            "right": pack(answers),
-        }
-        for name, answers in right.items()
+def row(configuration: Configuration, right: list[bool], commit: str, before: Row | None) -> Row:
+    commits = [] if before is None else before["commits"]
+    return {
+        "options": configuration.options,
+        "accuracy": round(sum(right) / len(right), 4),
+        "questions": len(right),
+        "right": pack(right),
+        "commits": commits if commit in commits else [*commits, commit],
     }
+
+
+def save(results: Path, facts: dict[str, Any], rows: dict[str, Row]) -> None:
+    """Writes the answers whole or not at all."""
     results.parent.mkdir(parents=True, exist_ok=True)
     new = results.with_suffix(".new")
-    new.write_text(json.dumps({"made": made(a), "rows": rows}, indent=1) + "\n")
+    new.write_text(json.dumps({"made": facts, "rows": rows}, indent=1) + "\n")
     os.replace(new, results)
 
 
 def made(a: argparse.Namespace) -> dict[str, Any]:
     """With what the answers were made."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     return {
         "command": f"python -m bench.eval_pocket --questions {a.questions} --backend {a.backend}",
         "weights": fingerprint(),
-        "machine": f"{device}, {a.workers} processes",
+        "machine": f"{machine('cpu')}, {a.workers} processes",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "commit": commit.stdout.strip() or "none",
     }
+
+
+def code() -> str:
+    """The commit, with -dirty behind if the tree is not what it says."""
+    describe = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(describe, capture_output=True, text=True).stdout.strip() or "none"
 
 
 def fingerprint() -> str:
@@ -148,12 +161,15 @@ def unpack(text: str, questions: int) -> list[bool]:
 
 def write_table(results: Path, readme: Path) -> None:
     """Puts the tables between the markers of `readme`, with what they were made with."""
-    content = json.loads(results.read_text())
-    rows = {n: unpack(row["right"], row["questions"]) for n, row in content["rows"].items()}
-    facts = content["made"]
+    facts, rows = json.loads(results.read_text())["made"], kept(results)
+    right = {n: unpack(row["right"], row["questions"]) for n, row in rows.items()}
+    lacking = [c.name for c in configurations() if len(right.get(c.name, [])) < ENOUGH]
+    if lacking:
+        raise ValueError(f"{results} must have {ENOUGH} answers everywhere, lacks {lacking}")
+    commits = ", ".join(dict.fromkeys(c for row in rows.values() for c in row["commits"]))
     how = (
         f"`{facts['command']}`, then `--table`: {facts['machine']}, torch {facts['torch']}, "
-        f"transformers {facts['transformers']}, commit {facts['commit']}, weights "
+        f"transformers {facts['transformers']}, commit {commits}, weights "
         f"{facts['weights']}."
     )
     text = readme.read_text()
@@ -161,7 +177,7 @@ def write_table(results: Path, readme: Path) -> None:
         raise ValueError(f"{readme} must have {BEGIN} and {END} once each")
     head, rest = text.split(BEGIN)
     tail = rest.split(END)[1]
-    readme.write_text(f"{head}{BEGIN}\n{markdown(rows)}\n\n{how}\n{END}{tail}")
+    readme.write_text(f"{head}{BEGIN}\n{markdown(right)}\n\n{how}\n{END}{tail}")
     print(f"{results} -> {readme}")
 
 

@@ -52,11 +52,14 @@ def naive(family: str, dtype: torch.dtype = torch.float64) -> Naive:
     return Naive(stock(family), dtype)
 
 
+def with_defaults(options: dict) -> dict:
+    """The tests' own: a budget, and in layer 0 uniform sizes, so that it differs from others."""
+    budget = {} if "keep" in options else {"keep_ratio": RATIO}
+    return {"layer0": "uniform", **budget, **options}
+
+
 def attach(model, **options):
-    """attach() with the tests' defaults."""
-    if "keep" not in options:
-        options.setdefault("keep_ratio", RATIO)
-    return restore_ext.attach(model, **options)
+    return restore_ext.attach(model, **with_defaults(options))
 
 
 def generate(model, inputs: dict, **options):

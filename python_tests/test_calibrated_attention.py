@@ -1,6 +1,7 @@
 """calibrated_attention: SDPA whose logits know how much a key stands for and how far it is."""
 
 import math
+import random
 import re
 
 import pytest
@@ -35,6 +36,28 @@ def test_means_what_the_reference_says(case, dtype, device):
     assert out.dtype == dtype and lse.dtype == torch.float32
     assert_within_twice_sdpa((out, lse), given)
     testing.assert_same_bits(ops.calibrated_attention(**given), out)
+
+
+@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+def test_small_random_problems_are_as_precise(dtype, device):
+    """Short sums show what long ones average out: one long chain of additions fails here."""
+    rng = random.Random(0)
+    for _ in range(60):
+        Hkv, length = rng.choice([1, 2]), rng.randint(1, 40)
+        case = AttentionCase(
+            B=rng.choice([1, 2]),
+            Hq=Hkv * rng.choice([1, 2, 4]),
+            Hkv=Hkv,
+            Lq=rng.randint(1, length),
+            Lk=length,
+            D=8 * rng.randint(4, 32),
+            causal=rng.random() < 0.7,
+            sizes=rng.random() < 0.7,
+            positions=rng.choice([None, "far"]),
+            P=rng.choice([0, 1, 64]),
+        )
+        given = case.arguments(device, dtype)
+        assert_within_twice_sdpa(run(given), given)
 
 
 @pytest.mark.parametrize("softcap", [0.0, 3.0])

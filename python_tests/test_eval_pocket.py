@@ -59,10 +59,12 @@ def test_sharing_work_changes_no_bit(pocket):
         encode(processor, images[2:], texts[2:]),
     )
 
+    asked = [c for c in configurations() if c.options.get("keep") == 64]
+
     def logits():
         given = []
         for x in (inputs, inputs, other, inputs):
-            for way in CHOSEN[1:]:
+            for way in asked:
                 with restore_ext.attach(model, **way.options):
                     given.append(model(**x, logits_to_keep=1).logits)
         return given
@@ -158,25 +160,37 @@ def test_the_command_keeps_answers_and_writes_the_readme(tmp_path, capsys):
     assert {row["questions"] for row in rows.values()} == {4} and len(rows) == 3
     for name, row in first.items():
         assert eval_pocket.unpack(rows[name]["right"], 4)[:2] == eval_pocket.unpack(row["right"], 2)
+    assert all(len(row["commits"]) == 1 and row["options"] for row in rows.values())
     readme.write_text(f"before\n{eval_pocket.BEGIN}\nold\n{eval_pocket.END}\nafter\n")
-    eval_pocket.main(["--table", "--results", str(results), "--readme", str(readme)])
+    table = ["--table", "--results", str(results), "--readme", str(readme)]
+    with pytest.raises(ValueError, match="must have 2000 answers everywhere, lacks"):
+        eval_pocket.main(table)
+    facts = json.loads(results.read_text())["made"]
+    full = {
+        c.name: eval_pocket.row(c, made_up(c.name) * 40, "abc1234", None) for c in configurations()
+    }
+    eval_pocket.save(results, facts, full)
+    eval_pocket.main(table)
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
-    assert "| 64 | vispruner |" in text and "torch" in text
-    eval_pocket.main(["--table", "--results", str(results), "--readme", str(readme)])
+    assert "| 64 | vispruner |" in text and "torch" in text and "commit abc1234" in text
+    eval_pocket.main(table)
     assert readme.read_text() == text
     readme.write_text("no markers")
     with pytest.raises(ValueError, match="once each"):
-        eval_pocket.main(["--table", "--results", str(results), "--readme", str(readme)])
+        eval_pocket.main(table)
 
 
-def test_answers_of_other_weights_are_not_mixed_in(tmp_path, capsys):
+def test_answers_of_other_weights_or_options_are_not_mixed_in(tmp_path, capsys):
     results = tmp_path / "answers.json"
-    row = {"accuracy": 1.0, "questions": 2, "right": eval_pocket.pack([True] * 2)}
+    full = eval_pocket.row(configurations()[0], [True] * 2, "abc1234", None)
     made = {"weights": eval_pocket.fingerprint()}
-    results.write_text(json.dumps({"made": made, "rows": {"full": row}}))
-    assert eval_pocket.kept(results) == {"full": [True, True]}
-    results.write_text(json.dumps({"made": {"weights": "other"}, "rows": {"full": row}}))
+    results.write_text(json.dumps({"made": made, "rows": {"full": full}}))
+    assert eval_pocket.kept(results) == {"full": full}
+    other = {**full, "options": {"layer0": "size"}}  # the name has come to mean something else
+    results.write_text(json.dumps({"made": made, "rows": {"full": other}}))
+    assert eval_pocket.kept(results) == {}
+    results.write_text(json.dumps({"made": {"weights": "other"}, "rows": {"full": full}}))
     assert eval_pocket.kept(results) == {} and "other weights" in capsys.readouterr().out
 
 

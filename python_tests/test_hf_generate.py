@@ -28,6 +28,7 @@ from restore_ext.testing.models import (
     TEXT_ONLY,
     TWO_IMAGES,
     Picture,
+    image_tokens,
     make_inputs,
     single_row,
     tiny_model,
@@ -170,6 +171,26 @@ def test_a_missing_attention_mask_means_that_all_is_seen(family, backend):
     want = forward(model, inputs)
     del inputs["attention_mask"]
     assert_close(forward(model, inputs), want)
+
+
+@each_backend
+def test_text_inside_an_images_tokens_is_no_part_of_it(backend):
+    """A separator, as some models set between the rows of an image's tokens."""
+    inputs, model = make_inputs("llava", [(5, Picture(), 7)]), tiny_model("llava")
+    at = 5 + image_tokens(inputs)[0] // 2
+    for name, value in (("input_ids", 77), ("attention_mask", 1)):
+        before, behind = inputs[name][:, :at], inputs[name][:, at:]
+        inputs[name] = torch.cat([before, torch.tensor([[value]]), behind], 1)
+    handle = attach(model, backend=backend, keep=9)
+    assert_is_naive("llava", inputs, handle, generate(model, inputs))
+    plan, [image] = handle.last.plan, handle.last.images
+    assert (image.start, image.tokens_before, image.tokens_after) == (5, 64, 9)
+    assert plan.valid.sum() == 5 + 9 + 1 + 7
+    column = int(plan.assign[0, at])
+    assert column >= 0 and (plan.assign[0] == column).sum() == 1
+    assert plan.source[0, column] == at
+    assert plan.size[0, column] == plan.uniform[0, column] == 1
+    assert not plan.is_visual[0, column]
 
 
 @each_family

@@ -1,16 +1,19 @@
 """prepare_inputs(): shortened inputs for stock generate() with any cache, compiled decoding too.
 
-What it must say is what attach() says, which the other files hold against the naive model.
+What it must say is what attach() says, which the other files hold against the naive model, as two
+tests here do with what is peculiar to it: static caches, compiled.
 """
+
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 from hf_harness import (
     NEW,
-    RATIO,
     answers,
     assert_close,
+    assert_is_naive,
     attach,
     beam_rows,
     each_backend,
@@ -21,8 +24,9 @@ from hf_harness import (
     generate,
     logits,
     stock,
+    with_defaults,
 )
-from test_hf_refusals import WRONG, offloaded, quantised
+from test_hf_refusals import WRONG, OnOne, offloaded, quantised, smollm3_llava
 
 import restore_ext
 from restore_ext.testing.models import (
@@ -54,9 +58,7 @@ def attached(family: str, inputs: dict, options: dict, **how):
 
 
 def prepare(model, inputs: dict, **options):
-    if "keep" not in options:
-        options.setdefault("keep_ratio", RATIO)
-    return restore_ext.prepare_inputs(model, **inputs, **options)
+    return restore_ext.prepare_inputs(model, **inputs, **with_defaults(options))
 
 
 def spoken(model, prepared, **how):
@@ -112,17 +114,34 @@ def test_a_static_cache_says_what_an_attached_model_says(family, backend, rows, 
 
 @each_family
 @each_backend
-def test_decoding_compiles_to_one_full_graph(family, backend):
+@pytest.mark.parametrize("decode_distance", [False, True])
+def test_a_static_cache_says_what_the_naive_model_says(family, backend, decode_distance):
+    inputs, model = make_inputs(family, RAGGED), fresh(family)
+    prepared = prepare(model, inputs, backend=backend, decode_distance=decode_distance)
+    out = spoken(model, prepared, cache_implementation="static")
+    handle = SimpleNamespace(last=prepared.report)
+    assert_is_naive(family, inputs, handle, out, decode_distance=decode_distance)
+
+
+def compiled(**options) -> dict:
+    """What generate() takes to compile its decoding on a static cache, on a CPU too."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiling = transformers.CompileConfig(fullgraph=True, mode="default", **options)
+    compiling._compile_all_devices = True
+    return {"cache_implementation": "static", "compile_config": compiling}
+
+
+@each_family
+@each_backend
+def test_decoding_compiles_to_one_full_graph_and_is_the_naive_model(family, backend):
     inputs = make_inputs(family, RAGGED)
     model = fresh(family)
     want = attached(family, inputs, {"backend": backend})
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    compiling = transformers.CompileConfig(fullgraph=True, mode="default", backend="eager")
-    compiling._compile_all_devices = True
-    how = {"cache_implementation": "static", "compile_config": compiling}
-    out = spoken(model, prepare(model, inputs, backend=backend), **how)
+    prepared = prepare(model, inputs, backend=backend)
+    out = spoken(model, prepared, **compiled(backend="eager"))
     assert_same(out, want, inputs)
+    assert_is_naive(family, inputs, SimpleNamespace(last=prepared.report), out)
     counted = torch._dynamo.utils.counters
     assert counted["stats"]["unique_graphs"] >= 1
     assert not counted["graph_break"]
@@ -135,10 +154,7 @@ def test_decoding_compiled_by_inductor_says_the_same(backend):
     attach(model, backend=backend).detach()
     with attach(model, backend=backend):
         want = generate(model, inputs)
-    torch._dynamo.reset()
-    compiling = transformers.CompileConfig(fullgraph=True, mode="default")
-    compiling._compile_all_devices = True
-    how = {"cache_implementation": "static", "compile_config": compiling}
+    how = compiled()
     assert_same(spoken(model, prepare(model, inputs, backend=backend), **how), want, inputs)
 
 
@@ -270,3 +286,30 @@ def test_it_refuses_what_attach_refuses(family, wrong):
     for word in words:
         assert word in str(caught.value)
     assert fingerprint(model) == before
+
+
+@each_backend
+def test_it_refuses_layers_that_differ_in_rope_where_the_distance_counts(backend):
+    model, inputs = smollm3_llava([1, 1, 1, 0]), make_inputs("llava")
+    with pytest.raises(NotImplementedError, match=r"^model.*RoPE.*SmolLM3.*calibrate='size'"):
+        prepare(model, inputs, backend=backend)
+    assert prepare(model, inputs, backend=backend, calibrate="size").report is not None
+
+
+@each_backend
+def test_a_model_without_rope_has_no_distance_term(backend):
+    model, inputs = smollm3_llava([0, 0, 0, 0]), make_inputs("llava")
+    far, near = (
+        logits(spoken(model, prepare(model, inputs, backend=backend, calibrate=calibrate)))
+        for calibrate in ("size+distance", "size")
+    )
+    assert torch.equal(far, near)
+
+
+@each_family
+def test_it_refuses_a_device_without_kernels(family, monkeypatch):
+    model, inputs = fresh(family), make_inputs(family)
+    parameter, gpu = model.lm_head.weight, torch.device("cuda", 1)
+    monkeypatch.setattr(type(parameter), "device", OnOne(parameter, gpu), raising=False)
+    with pytest.raises(NotImplementedError, match=r"^model.*CPU.*no kernels.*cuda:1$"):
+        prepare(model, inputs)

@@ -14,6 +14,7 @@ from hf_harness import (
     forward,
     fresh,
     generate,
+    logits,
     step,
     stock,
 )
@@ -61,6 +62,27 @@ def assert_untouched(family: str, model, before: dict) -> None:
     inputs = make_inputs(family)
     assert fingerprint(model) == before
     assert torch.equal(forward(model, inputs), forward(stock(family), inputs))
+
+
+def smollm3_llava(rope: list[int]):
+    """A LLaVA whose text model turns queries and keys in some layers only, those with a 1."""
+    config = tiny_model("llava").config
+    text = {**TEXT, "no_rope_layers": rope}
+    config.text_config = transformers.SmolLM3Config(**text, use_sliding_window=False)
+    torch.manual_seed(0)
+    model = transformers.LlavaForConditionalGeneration(config).eval()
+    model.generation_config.eos_token_id = None
+    return model
+
+
+class OnOne:
+    """The `device` of every tensor, but that of one."""
+
+    def __init__(self, tensor: torch.Tensor, device: torch.device):
+        self.tensor, self.other = tensor, device
+
+    def __get__(self, tensor, kind=None):
+        return self.other if tensor is self.tensor else torch.Tensor.device.__get__(tensor)
 
 
 @each_family
@@ -184,17 +206,6 @@ def test_a_static_cache_is_stocks_own_business_where_nothing_is_reduced(family):
 
 @each_family
 @each_backend
-def test_prefill_in_chunks_is_refused(family, backend):
-    model, inputs = fresh(family), make_inputs(family)
-    attach(model, backend=backend)
-    want = forward(model, inputs)
-    with pytest.raises((ValueError, NotImplementedError), match="prefill_chunk_size"):
-        generate(model, inputs, prefill_chunk_size=20)
-    assert torch.equal(forward(model, inputs), want)
-
-
-@each_family
-@each_backend
 def test_continuous_batching_is_refused(family, backend):
     model, inputs = fresh(family), make_inputs(family)
     handle = attach(model, backend=backend)
@@ -227,6 +238,51 @@ def test_logits_picked_by_index_are_refused_for_a_shortened_sequence(family, bac
     with pytest.raises((ValueError, NotImplementedError), match="logits_to_keep"):
         forward(model, inputs, logits_to_keep=torch.tensor([3, 5]))
     assert_close(forward(model, inputs, logits_to_keep=2), want[:, -2:])
+
+
+@each_backend
+def test_layers_that_differ_in_rope_are_refused_where_the_distance_counts(backend):
+    model, inputs = smollm3_llava([1, 1, 1, 0]), make_inputs("llava")
+    want, before = forward(model, inputs), fingerprint(model)
+    for options in ({}, {"restore": False, "calibrate": "size+distance"}):
+        with pytest.raises(NotImplementedError, match=r"^model.*RoPE.*SmolLM3.*calibrate='size'"):
+            attach(model, backend=backend, **options)
+    assert fingerprint(model) == before
+    for calibrate in ("size", "none"):
+        handle = attach(model, backend=backend, calibrate=calibrate)
+        assert forward(model, inputs).shape[1] < want.shape[1]
+        handle.detach()
+    assert torch.equal(forward(model, inputs), want)
+
+
+@each_backend
+def test_a_model_without_rope_has_no_distance_term(backend):
+    model, inputs = smollm3_llava([0, 0, 0, 0]), make_inputs("llava")
+    said = {}
+    for calibrate in ("size+distance", "size", "none"):
+        with attach(model, backend=backend, calibrate=calibrate, decode_distance=True):
+            said[calibrate] = logits(generate(model, inputs))
+    assert torch.equal(said["size+distance"], said["size"])
+    assert not torch.equal(said["size"], said["none"])
+
+
+@each_family
+@each_backend
+@pytest.mark.parametrize("part", ["", "model.language_model.layers.3", "lm_head"])
+def test_a_device_without_kernels_is_refused(family, backend, part, monkeypatch):
+    """There is no GPU here: one parameter says it were on one."""
+    model = fresh(family)
+    before = fingerprint(model)
+    parameter = next(model.get_submodule(part).parameters())
+    gpu = torch.device("cuda", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(parameter), "device", OnOne(parameter, gpu), raising=False)
+        with pytest.raises(
+            NotImplementedError, match=r"^model.*CPU.*no kernels.*cuda:1$"
+        ) as caught:
+            attach(model, backend=backend)
+    assert "\n" not in str(caught.value)
+    assert_untouched(family, model, before)
 
 
 @each_backend

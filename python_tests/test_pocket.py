@@ -150,8 +150,12 @@ def test_a_mix_asks_only_what_it_names():
 def test_training_cannot_see_held_out_scenes():
     with pytest.raises(ValueError, match=rf"seed must be in \[0, {HELD_OUT}\), got {HELD_OUT}"):
         Settings(seed=HELD_OUT, steps=1)
-    rng = np.random.default_rng(HELD_OUT - 1)
-    assert draw(rng)[0].tobytes() not in {held_out(i).image.tobytes() for i in range(20)}
+    # The one seed whose stream is that of a held-out scene is refused; below it, none is.
+    first = held_out(0).image.tobytes()
+    assert draw(np.random.default_rng(HELD_OUT))[0].tobytes() == first
+    for seed in (0, 1, HELD_OUT - 1):
+        Settings(seed=seed, steps=1)
+        assert draw(np.random.default_rng(seed))[0].tobytes() != first
 
 
 def test_the_tokenizer_knows_every_word_and_gives_it_back(pocket):
@@ -245,13 +249,16 @@ def test_an_answer_is_one_word(pocket, hundred):
 
 
 def test_it_answers_what_it_has_not_seen(pocket, hundred):
-    assert accuracy(pocket, hundred) >= 0.75
+    assert accuracy(pocket, hundred) >= 0.9
 
 
 def test_it_answers_on_a_ninth_of_its_tokens(pocket, hundred):
-    with restore_ext.attach(pocket[0], method="divprune", keep=64) as handle:
-        assert accuracy(pocket, hundred) >= 0.6
-        assert [i.tokens_after for i in handle.last.images] == [64] * 25
+    reached = {}
+    for restore in (False, True):
+        with restore_ext.attach(pocket[0], method="divprune", keep=64, restore=restore) as handle:
+            reached[restore] = accuracy(pocket, hundred)
+            assert [i.tokens_after for i in handle.last.images] == [64] * 25
+    assert reached[True] >= reached[False] + 0.05
 
 
 def test_things_are_named_tuples_of_plain_python():

@@ -2,4 +2,5 @@
 
 compiler: str
 torch_target: str
+cpu: str
 cuda_archs: str

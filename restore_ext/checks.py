@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from restore_ext.ops import DEVICE_TYPES
+
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -37,6 +39,15 @@ def require_per_token(name: str, x: Any, features: Tensor, *dtypes: torch.dtype)
 def require_tensor(name: str, x: Any) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+
+
+def require_kernels(name: str, device: torch.device) -> None:
+    """Something on a device whose operators this build has."""
+    if device.type not in DEVICE_TYPES:
+        raise NotImplementedError(
+            f"{name} must be on the CPU: this build of restore_ext has no kernels for "
+            f"{device.type}, got {device}"
+        )
 
 
 def require_device(name: str, x: Tensor, features: Tensor) -> None:

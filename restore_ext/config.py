@@ -19,7 +19,7 @@ def show_config() -> None:
         "torch": f"{torch.__version__} (CUDA {torch.version.cuda or 'no'})",
         "Python": platform.python_version(),
         "CPU": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "CPU kernels in use": "generic",
+        "CPU features in use": _C.cpu,
         "CPU offers": torch.backends.cpu.get_cpu_capability(),
         "GPU": gpu,
     }

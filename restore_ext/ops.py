@@ -22,6 +22,10 @@ from restore_ext import _C  # noqa: F401  loading the library registers the oper
 
 _ops = torch.ops.restore_ext
 
+# Where this build can run; on "meta" there are shapes alone, from the fakes.
+_has_cuda = torch._C._dispatch_has_kernel_for_dispatch_key("restore_ext::merge_tokens", "CUDA")
+DEVICE_TYPES = ("cpu", "meta", "cuda") if _has_cuda else ("cpu", "meta")
+
 
 def match_bipartite(
     metric: Tensor,

@@ -14,6 +14,8 @@ from restore_ext.rows import take, where_true
 __all__ = ["ANCHOR_MODES", "DEFAULT_ANCHOR_MODE", "Reduction", "reduce_tokens"]
 
 ANCHOR_MODES = ("paper", "official", "uniform")
+DEFAULT_METHOD = "vispruner"
+DEFAULT_RETAIN = 0.5
 DEFAULT_ANCHOR_MODE = "paper"
 
 
@@ -22,13 +24,13 @@ def reduce_tokens(
     *,
     keep: int | list[int] | tuple[int, ...] | Tensor | None = None,
     keep_ratio: float | None = None,
-    method: str = "vispruner",
+    method: str = DEFAULT_METHOD,
     metric: Tensor | None = None,
     scores: Tensor | None = None,
     valid: Tensor | None = None,
     size: Tensor | None = None,
     restore: bool = True,
-    retain: float = 0.5,
+    retain: float = DEFAULT_RETAIN,
     anchor_mode: str = DEFAULT_ANCHOR_MODE,
     seed: int = 0,
     check_finite: bool | None = None,
@@ -77,6 +79,7 @@ def reduce_tokens(
     """
     chosen = find_method(method, options)
     checks.require_features("features", features)
+    checks.require_kernels("features", features.device)
     B, N, _ = features.shape
     budgets = checks.require_budgets(keep, keep_ratio, B)
     checks.require_flag("restore", restore)

@@ -1,4 +1,4 @@
-"""Runs the hook's tests under several transformers, each in its own folder; prints a table.
+"""Runs the tests of hook and pocket model under several transformers, each in its own folder.
 
     python tools/version_matrix.py                  all the versions that are supported
     python tools/version_matrix.py 5.17.0 -- -x     one of them; what follows -- goes to pytest
@@ -19,7 +19,7 @@ from pathlib import Path
 VERSIONS = ("4.57.6", "5.17.0", "5.23.0")
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build"
-TESTS = ["python_tests", "-o", "python_files=test_naive.py test_hf_*.py"]
+TESTS = ["python_tests", "-o", "python_files=test_naive.py test_hf_*.py test_pocket.py"]
 
 
 def folder(version: str) -> Path:

@@ -136,21 +136,24 @@ inline Quad exp_of_negative(Quad x) {
   return x < -87.f ? Quad{} : y * power;
 }
 
-// c[kRows, columns] += a[kRows, inner] . b[inner, columns], columns a multiple of kColumns
+// c[kRows, columns] += a[kRows, inner] . b[inner, columns], columns a multiple of kColumns. Short
+// sums of sums: the rounding error grows with the longer of the two, not with their product.
 void multiply(const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c,
               int64_t c_stride, int64_t inner, int64_t columns) {
-  constexpr int kQuads = kColumns / 4;
+  constexpr int kQuads = kColumns / 4, kTerms = 16;
   for (int64_t column = 0; column < columns; column += kColumns) {
-    Quad sum[kRows][kQuads] = {};
-    for (int64_t i = 0; i < inner; ++i) {
-      const float* b_row = b + i * b_stride + column;
-      for (int r = 0; r < kRows; ++r) {
-        for (int x = 0; x < kQuads; ++x) sum[r][x] += a[r * a_stride + i] * quad(b_row + 4 * x);
+    for (int64_t first = 0; first < inner; first += kTerms) {
+      Quad sum[kRows][kQuads] = {};
+      for (int64_t i = first; i < std::min(first + kTerms, inner); ++i) {
+        const float* b_row = b + i * b_stride + column;
+        for (int r = 0; r < kRows; ++r) {
+          for (int x = 0; x < kQuads; ++x) sum[r][x] += a[r * a_stride + i] * quad(b_row + 4 * x);
+        }
       }
-    }
-    for (int r = 0; r < kRows; ++r) {
-      float* c_row = c + r * c_stride + column;
-      for (int x = 0; x < kQuads; ++x) quad(c_row + 4 * x) += sum[r][x];
+      for (int r = 0; r < kRows; ++r) {
+        float* c_row = c + r * c_stride + column;
+        for (int x = 0; x < kQuads; ++x) quad(c_row + 4 * x) += sum[r][x];
+      }
     }
   }
 }

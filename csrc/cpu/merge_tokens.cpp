@@ -36,14 +36,16 @@ int64_t lower_median(std::vector<int64_t>& values) {
 }
 
 // Divides a sum by its weight and rounds it, once, to the dtype of the output row.
-void write_mean(const std::vector<float>& sum, float weight, ScalarType dtype, void* merged,
+void write_mean(const std::vector<double>& sum, double weight, ScalarType dtype, void* merged,
                 int64_t row) {
   with_element_type(dtype, [&](auto zero) {
     using T = decltype(zero);
     const int64_t C = static_cast<int64_t>(sum.size());
     T* out = static_cast<T*>(merged) + row * C;
     // A group without members, or whose members weigh nothing, has no mean: it is zeros.
-    for (int64_t c = 0; c < C; ++c) out[c] = static_cast<T>(weight > 0 ? sum[c] / weight : 0.f);
+    for (int64_t c = 0; c < C; ++c) {
+      out[c] = static_cast<T>(weight > 0 ? static_cast<float>(sum[c] / weight) : 0.f);
+    }
   });
 }
 
@@ -67,22 +69,23 @@ std::tuple<Tensor, Tensor, Tensor> merge_tokens_cpu(const Tensor& x, const Tenso
     const Groups groups(group_of, b, N, M);
     // A thread owns whole groups, so nothing is shared and every sum runs in ascending n.
     const auto merge_some = [&](int64_t begin, int64_t end) {
-      std::vector<float> token(tokens.C), sum(tokens.C);
+      std::vector<float> token(tokens.C);
+      std::vector<double> sum(tokens.C);  // so that the one rounding is the last
       std::vector<int64_t> positions;
       for (int64_t m = begin; m < end; ++m) {
-        std::fill(sum.begin(), sum.end(), 0.f);
+        std::fill(sum.begin(), sum.end(), 0.);
         positions.clear();
-        float weight = 0.f;
+        double weight = 0;
         for (int64_t i = groups.first[m]; i < groups.first[m + 1]; ++i) {
           const int64_t n = groups.token[i];
           const float token_size = size_of ? (*size_of)(b, n) : 1.f;
           tokens.read(b, n, token.data());
-          for (int64_t c = 0; c < tokens.C; ++c) sum[c] += token_size * token[c];
+          for (int64_t c = 0; c < tokens.C; ++c) sum[c] += double{token_size} * token[c];
           weight += token_size;
           positions.push_back(position_of ? (*position_of)(b, n) : n);
         }
         write_mean(sum, weight, tokens.dtype, merged_out, b * M + m);
-        size_out[b * M + m] = weight;
+        size_out[b * M + m] = static_cast<float>(weight);
         position_out[b * M + m] = lower_median(positions);
       }
     };

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from restore_ext.cli.errors import UserError
+from restore_ext.methods import list_methods
+from restore_ext.reduce import DEFAULT_METHOD
 
-METHODS = "how tokens are picked: random, uniform, divprune, vispruner, holov, tome"
+METHODS = f"how tokens are picked: {', '.join(list_methods())}"
 BACKENDS = ("op", "mask")
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -40,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         package = (error.name or "restore_ext").split(".")[0]
         if package == "restore_ext":
             raise
-        said = f"{arguments.command} needs {package}: pip install 'restore_ext[cli]'"
+        said = f"{arguments.command} needs {package}, of the extra [cli]: pip install {package}"
     print(f"restore-ext: error: {said}", file=sys.stderr)
     return 2
 
@@ -102,7 +104,7 @@ def _parser() -> Parser:
 
 
 def _add_reduction(parser: argparse.ArgumentParser, keep: int) -> None:
-    parser.add_argument("--method", default="vispruner", help=METHODS)
+    parser.add_argument("--method", default=DEFAULT_METHOD, help=METHODS)
     parser.add_argument("--keep", type=int, default=keep, help="visual tokens to keep, >= 1")
     parser.add_argument(
         "--backend", choices=BACKENDS, default="op", help="attention: our op, or torch"

@@ -31,13 +31,13 @@ def check_reduction(method: str, keep: int, repeats: int) -> None:
 
 def open_image(file: str) -> "Image.Image":
     """The picture in `file`, as RGB."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     path = Path(file)
     if not path.exists():
         raise UserError(f"--image: there is no file {file}")
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            return ImageOps.exif_transpose(image).convert("RGB")
     except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
         raise UserError(f"--image: {file} cannot be read as an image: {one_line(error)}") from error

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from restore_ext.checks import require_kernels
 from restore_ext.cli.errors import UserError, one_line
 from restore_ext.pocket import is_pocket, resolve
 
@@ -63,6 +64,7 @@ def _require_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
+        require_kernels("the model", device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"--device: {name} cannot be used: {one_line(error)}") from error
     return device

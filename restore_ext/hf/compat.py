@@ -7,22 +7,27 @@ from typing import Any
 
 from torch import Tensor, nn
 
+INSTALL = 'pip install "transformers>=4.57.6,<6" accelerate pillow'
+
 try:
     import transformers
+    from packaging.version import Version  # comes with transformers
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 except ImportError as error:
     raise ImportError(
-        "attach and prepare_inputs need transformers >= 4.57.6: pip install 'restore_ext[hf]'"
+        f"attach and prepare_inputs need transformers >= 4.57.6: {INSTALL}"
     ) from error
 
-VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-OLDEST = (4, 57)
+VERSION = Version(transformers.__version__).release
+OLDEST = (4, 57, 6)
 
 # From 5.3 on generate() carries explicit position_ids from step to step.
 GENERATE_CARRIES_POSITIONS = VERSION >= (5, 3)
 
 if VERSION < OLDEST:
-    raise ImportError(f"transformers must be 4.57.6 or newer, got {transformers.__version__}")
+    raise ImportError(
+        f"transformers must be 4.57.6 or newer, got {transformers.__version__}: {INSTALL}"
+    )
 
 
 def encodes_before_forward(model: nn.Module) -> bool:

@@ -15,17 +15,22 @@ _CANDIDATES = "_get_candidate_generator"
 
 # Of the forward that follows: its tokens, and how many at the end are a draft to be verified.
 _DRAFT: ContextVar[tuple[int, int]] = ContextVar("restore_ext_draft", default=(0, 0))
+# Whether the forwards that follow are chunks of one prompt.
+_CHUNKS: ContextVar[bool] = ContextVar("restore_ext_chunks", default=False)
+
+# Raises where a prompt, its other inputs given, would be reduced and so cannot be cut into chunks.
+RefuseChunks = Callable[[Tensor, dict[str, Any], int], None]
 
 
-def watch_generation(patches: Patches, model: nn.Module, enabled: Callable[[], bool]) -> None:
-    """Makes continuous batching, and prefill in chunks if there are images, raise on this model;
-    notes the drafts of assisted decoding."""
+def watch_generation(patches: Patches, model: nn.Module, refuse_chunks: RefuseChunks) -> None:
+    """Makes continuous batching raise on this model, and lets prefill in chunks be refused; notes
+    the drafts of assisted decoding."""
     for name in _CONTINUOUS:
         if hasattr(model, name):
             patches.set(model, name, _refuse_continuous)
     for name in _PREFILL:
         if hasattr(model, name):
-            patches.set(model, name, _without_chunks(getattr(model, name), enabled))
+            patches.set(model, name, _noting_chunks(getattr(model, name), refuse_chunks))
     if hasattr(model, _CANDIDATES):
         patches.set(model, _CANDIDATES, _noting_drafts(getattr(model, _CANDIDATES)))
 
@@ -40,26 +45,30 @@ def drafted(tokens: int) -> int:
     return draft if length == tokens else 0
 
 
+def in_chunks() -> bool:
+    """Whether this forward has a chunk of a prompt that is not reduced: it is stock's alone."""
+    return _CHUNKS.get()
+
+
 def _refuse_continuous(*args: Any, **kwargs: Any) -> None:
     raise NotImplementedError(
         "continuous batching (generate_batch) has no images to reduce: use generate(), or detach"
     )
 
 
-def _without_chunks(prefill: Callable[..., Any], enabled: Callable[[], bool]) -> Callable[..., Any]:
+def _noting_chunks(prefill: Callable[..., Any], refuse: RefuseChunks) -> Callable[..., Any]:
     @functools.wraps(prefill)
-    def whole(input_ids: Any, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
-        inputs = {**(args[0] if args else {}), **kwargs}
-        images = inputs.get("pixel_values") is not None or inputs.get("mm_encoder_outputs")
+    def noting(input_ids: Tensor, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
         size = generation_config.prefill_chunk_size
-        if enabled() and images and size is not None:
-            raise NotImplementedError(
-                "prefill_chunk_size must be None where images are reduced, which a chunk would cut "
-                f"up, got {size}"
-            )
-        return prefill(input_ids, generation_config, *args, **kwargs)
+        if size is not None:
+            refuse(input_ids, {**(args[0] if args else {}), **kwargs}, size)
+        token = _CHUNKS.set(size is not None)
+        try:
+            return prefill(input_ids, generation_config, *args, **kwargs)
+        finally:
+            _CHUNKS.reset(token)
 
-    return whole
+    return noting
 
 
 def _noting_drafts(candidate_generator: Callable[..., Any]) -> Callable[..., Any]:

@@ -11,8 +11,8 @@ from restore_ext.hf.families import Family, find_family
 from restore_ext.hf.hooks import Hooks
 from restore_ext.hf.patches import Patches
 from restore_ext.hf.report import Report
-from restore_ext.hf.settings import Settings, make_settings
-from restore_ext.reduce import DEFAULT_ANCHOR_MODE
+from restore_ext.hf.settings import DEFAULT_LAYER0, Settings, make_settings
+from restore_ext.reduce import DEFAULT_ANCHOR_MODE, DEFAULT_METHOD, DEFAULT_RETAIN
 
 _HANDLE = "_restore_ext_handle"
 
@@ -56,16 +56,16 @@ class Handle:
 def attach(
     model: Any,
     *,
-    method: str = "vispruner",
+    method: str = DEFAULT_METHOD,
     keep: int | Sequence[int] | Tensor | None = None,
     keep_ratio: float | None = None,
     restore: bool = True,
     positions: str | None = None,
     calibrate: str | None = None,
-    layer0: str = "uniform",
+    layer0: str = DEFAULT_LAYER0,
     decode_distance: bool = False,
     backend: str = "op",
-    retain: float = 0.5,
+    retain: float = DEFAULT_RETAIN,
     anchor_mode: str = DEFAULT_ANCHOR_MODE,
     seed: int = 0,
     enabled: bool = True,

@@ -15,7 +15,8 @@ from restore_ext.hf.cache import refuse_cache, restore_cache, restored
 from restore_ext.hf.compat import encodes_before_forward, image_features
 from restore_ext.hf.cut import Cut, cut_sequence, new_side, padding_mask, side_before
 from restore_ext.hf.families import Family
-from restore_ext.hf.generation import drafted, watch_generation
+from restore_ext.hf.generation import drafted, in_chunks, watch_generation
+from restore_ext.hf.images import images_of_rows, reduce_images
 from restore_ext.hf.patches import Patches
 from restore_ext.hf.settings import Settings
 from restore_ext.hf.vision import Seen, recall, recording, remember
@@ -66,7 +67,7 @@ class Hooks:
         patches.set(family.inner, "get_image_features", self._watched_features())
         for module in family.attentions:
             patches.set(module, "config", NamedConfig(module.config, CALIBRATED))
-        watch_generation(patches, family.model, lambda: self.handle.enabled)
+        watch_generation(patches, family.model, self._refuse_chunks)
 
     def _watched_features(self) -> Callable[..., Any]:
         """get_image_features() that remembers, beside its result, what the method needs to know."""
@@ -106,8 +107,7 @@ class Hooks:
         self, inner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         # A generated token may be the image token: only a forward that brings images has any.
-        encoded = (kwargs.get("mm_encoder_outputs") or {}).get("image")
-        if not self.handle.enabled or (encoded is None and kwargs.get("pixel_values") is None):
+        if not self._brings_images(kwargs) or in_chunks():
             return
         outer = _CALL.get()
         call = Call(inner, outer, [])
@@ -115,16 +115,48 @@ class Hooks:
             call.unfit, call.draft = outer.unfit, outer.draft
         input_ids = args[0] if args else kwargs.get("input_ids")
         call.is_image = self.family.placeholders(input_ids, kwargs.get("inputs_embeds"))
+        encoded = (kwargs.get("mm_encoder_outputs") or {}).get("image")
         if encoded is not None:
-            call.features = image_features(encoded)
-            call.seen = recall(call.features)
-            if call.features and call.seen is None:
-                raise NotImplementedError(
-                    "mm_encoder_outputs must come whole from get_image_features() of this model, "
-                    "attached and enabled; got features of elsewhere (accelerate copies them where "
-                    "the vision tower is on another device than the inputs)"
-                )
+            call.features, call.seen = _remembered(encoded)
         _CALL.set(call)
+
+    def _brings_images(self, inputs: dict[str, Any]) -> bool:
+        encoded = (inputs.get("mm_encoder_outputs") or {}).get("image")
+        given = encoded is not None or inputs.get("pixel_values") is not None
+        return given and self.handle.enabled
+
+    def _refuse_chunks(self, input_ids: Tensor, inputs: dict[str, Any], size: int) -> None:
+        """Raises if a prompt about to be cut into chunks has an image to reduce.
+
+        It has to be known before the first chunk, which may bring a slice of the features (5.18 on)
+        or no image at all. On a reduced cache images are no business of stock, whatever their size.
+        """
+
+        def refuse() -> None:
+            raise NotImplementedError(
+                "prefill_chunk_size must be None where images are reduced, which a chunk would cut "
+                f"up, got {size}"
+            )
+
+        if not self._brings_images(inputs):
+            return
+        self.handle.last = None
+        cache, mask = inputs.get("past_key_values"), inputs.get("attention_mask")
+        if restored(cache):
+            refuse()
+        encoded = (inputs.get("mm_encoder_outputs") or {}).get("image")
+        if encoded is None:
+            encode = self.family.inner.get_image_features
+            names = inspect.signature(encode).parameters
+            encoded = encode(**{n: inputs[n] for n in names if inputs.get(n) is not None})
+        features, seen = _remembered(encoded)
+        if cache is not None and (mask is None or mask.shape[1] == input_ids.shape[1]):
+            input_ids = input_ids[:, cache.get_seq_length() :]  # else these are the new ones alone
+        counts = self.family.placeholders(input_ids, None).sum(1).tolist()
+        rows = images_of_rows(counts, [len(image) for image in features])
+        once = self._encoded_once
+        if seen is not None:
+            reduce_images(features, seen, rows, self.settings, encoded_once=once, refuse=refuse)
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         call = _CALL.get()
@@ -257,6 +289,20 @@ class Hooks:
         table = self._decay
         if table is None or table.shape[1] < reach or table.device != device:
             length = -(-reach // _TABLE_STEP) * _TABLE_STEP
-            table = rope_decay(self.family.lm, length, layer=0)
+            table = rope_decay(self.family.lm, length)
             self._decay = table = None if table is None else table.to(device)
         return table
+
+
+def _remembered(encoded: Any) -> tuple[list[Tensor], Seen | None]:
+    """The features in what get_image_features() returned, and what was seen beside them; None if
+    there are no features."""
+    features = image_features(encoded)
+    seen = recall(features)
+    if features and seen is None:
+        raise NotImplementedError(
+            "mm_encoder_outputs must come whole from get_image_features() of this model, attached "
+            "and enabled; got features of elsewhere (accelerate copies them where the vision tower "
+            "is on another device than the inputs)"
+        )
+    return features, seen

@@ -19,9 +19,9 @@ from restore_ext.hf.families import Family, find_family
 from restore_ext.hf.patches import Patches
 from restore_ext.hf.prompt import PREPARED, Prompt
 from restore_ext.hf.report import Report
-from restore_ext.hf.settings import Settings, make_settings
+from restore_ext.hf.settings import DEFAULT_LAYER0, Settings, make_settings
 from restore_ext.hf.vision import Seen, recording
-from restore_ext.reduce import DEFAULT_ANCHOR_MODE
+from restore_ext.reduce import DEFAULT_ANCHOR_MODE, DEFAULT_METHOD, DEFAULT_RETAIN
 from restore_ext.rope import rope_decay
 
 
@@ -92,16 +92,16 @@ def prepare_inputs(
     *,
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
-    method: str = "vispruner",
+    method: str = DEFAULT_METHOD,
     keep: int | Sequence[int] | Tensor | None = None,
     keep_ratio: float | None = None,
     restore: bool = True,
     positions: str | None = None,
     calibrate: str | None = None,
-    layer0: str = "uniform",
+    layer0: str = DEFAULT_LAYER0,
     decode_distance: bool = False,
     backend: str = "op",
-    retain: float = 0.5,
+    retain: float = DEFAULT_RETAIN,
     anchor_mode: str = DEFAULT_ANCHOR_MODE,
     seed: int = 0,
     **images: Tensor,
@@ -220,7 +220,7 @@ def _prepared(
     if settings.distance:
         # Generated tokens go on to where the model ends; a compiled step cannot grow a table.
         far = family.lm.config.max_position_embeddings if settings.decode_distance else 0
-        decay = rope_decay(family.lm, max(cut.reach, far), layer=0)
+        decay = rope_decay(family.lm, max(cut.reach, far))
         decay = None if decay is None else decay.to(embeds.device)
         later = decay if settings.decode_distance else None
     short = {

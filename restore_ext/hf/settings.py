@@ -13,6 +13,7 @@ from restore_ext.reduce import ANCHOR_MODES
 POSITIONS = ("original", "reindex")
 CALIBRATIONS = ("size+distance", "size", "none")
 LAYER0 = ("uniform", "size")
+DEFAULT_LAYER0 = "size"
 BACKENDS = ("op", "mask")
 
 

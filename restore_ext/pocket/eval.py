@@ -9,24 +9,40 @@ from dataclasses import dataclass, field
 from math import sqrt
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from restore_ext.methods import list_methods
 from restore_ext.pocket.model import encode
 from restore_ext.pocket.scenes import ID, held_out
 from restore_ext.pocket.shared import shared_work
 
 BUDGETS = (192, 128, 64)
-METHODS = ("random", "uniform", "divprune", "vispruner", "holov", "tome")
 ABLATION_BUDGETS = (192, 64)
 ABLATION_METHODS = ("divprune", "vispruner")
-# What each step of the ablation asks of attach(), beside method and keep.
-STEPS: dict[str, dict[str, Any]] = {
-    "positions": {"restore": False, "positions": "original"},
-    "merge": {"restore": True, "positions": "reindex", "calibrate": "none"},
-    "merge+positions": {"restore": True, "calibrate": "none"},
-    "merge+positions+size": {"restore": True, "calibrate": "size"},
-    "uniform-anchors": {"restore": True, "anchor_mode": "uniform"},
+# What attach() is asked for, spelled out: its defaults follow from this table, not it from them.
+PLAIN = {"restore": False, "positions": "reindex", "calibrate": "none"}
+RESTORE = {
+    "restore": True,
+    "positions": "original",
+    "calibrate": "size+distance",
+    "layer0": "uniform",
+    "retain": 0.5,
+    "anchor_mode": "paper",
+}
+WAYS: dict[str, dict[str, Any]] = {
+    "plain": PLAIN,
+    "paper": RESTORE,
+    "official": {**RESTORE, "anchor_mode": "official"},
+    "layer0-size": {**RESTORE, "layer0": "size"},
+}
+STEPS: dict[str, dict[str, Any]] = {  # of the ablation
+    "positions": {**PLAIN, "positions": "original"},
+    "merge": {**RESTORE, "positions": "reindex", "calibrate": "none"},
+    "merge+positions": {**RESTORE, "calibrate": "none"},
+    "merge+positions+size": {**RESTORE, "calibrate": "size"},
+    "uniform-anchors": {**RESTORE, "anchor_mode": "uniform"},
 }
 
 Right = dict[str, list[bool]]  # configuration -> question by question, was the answer right
@@ -42,16 +58,10 @@ class Configuration:
 
 def configurations() -> list[Configuration]:
     """Everything the table shows, named "full" or METHOD/BUDGET/WAY."""
-    ways: dict[str, dict[str, Any]] = {
-        "plain": {"restore": False},
-        "paper": {"restore": True, "anchor_mode": "paper"},
-        "official": {"restore": True, "anchor_mode": "official"},
-        "layer0-size": {"restore": True, "anchor_mode": "paper", "layer0": "size"},
-    }
     named = []
-    for method in METHODS:
+    for method in list_methods():
         for keep in BUDGETS:
-            here = {**ways}
+            here = {**WAYS}
             if method == "tome":
                 del here["official"]  # it merges by itself: it has no anchors
             if method in ABLATION_METHODS and keep in ABLATION_BUDGETS:
@@ -134,6 +144,19 @@ def accuracy(right: Sequence[bool]) -> Estimate:
 def difference(right: Sequence[bool], base: Sequence[bool]) -> Estimate:
     """Accuracy minus accuracy of `base`, question by question."""
     return _estimate([float(r) - float(b) for r, b in zip(right, base, strict=True)])
+
+
+def pooled(right: Right, way: str, base: str) -> Estimate | None:
+    """Accuracy under `way` minus under `base`, over all methods and budgets that have both.
+
+    The values averaged are the questions' own means: answers to one question are not independent.
+    """
+    cells = [name.removesuffix(f"/{way}") for name in right if name.endswith(f"/{way}")]
+    pairs = [(right[f"{c}/{way}"], right[f"{c}/{base}"]) for c in cells if f"{c}/{base}" in right]
+    if not pairs:
+        return None
+    better = np.array([w for w, _ in pairs], dtype=float).mean(0)
+    return _estimate((better - np.array([b for _, b in pairs], dtype=float).mean(0)).tolist())
 
 
 def _estimate(values: Sequence[float]) -> Estimate:

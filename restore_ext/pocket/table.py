@@ -2,17 +2,18 @@
 
 from collections.abc import Sequence
 
+from restore_ext.methods import list_methods
 from restore_ext.pocket.eval import (
     ABLATION_BUDGETS,
     ABLATION_METHODS,
     BUDGETS,
-    METHODS,
     STEPS,
     Estimate,
     Right,
     accuracy,
     difference,
     kinds,
+    pooled,
 )
 
 # The ablation's rows, in the order in which things are added.
@@ -32,6 +33,7 @@ def markdown(right: Right) -> str:
     questions = min(len(answers) for answers in right.values())
     right = {name: answers[:questions] for name, answers in right.items()}
     parts = [_full(right, questions), _main(right), _layer0(right), _ablation(right)]
+    parts.append(_pooled(right))
     return "\n\n".join(part for part in parts if part)
 
 
@@ -53,7 +55,7 @@ def _full(right: Right, questions: int) -> str:
 def _main(right: Right) -> str:
     lines = []
     for keep in BUDGETS:
-        for method in METHODS:
+        for method in list_methods():
             plain = right.get(f"{method}/{keep}/plain")
             paper = right.get(f"{method}/{keep}/paper")
             official = right.get(f"{method}/{keep}/official")
@@ -72,7 +74,7 @@ def _main(right: Right) -> str:
 def _layer0(right: Right) -> str:
     lines = []
     for keep in BUDGETS:
-        for method in METHODS:
+        for method in list_methods():
             uniform = right.get(f"{method}/{keep}/paper")
             size = right.get(f"{method}/{keep}/layer0-size")
             if uniform is not None and size is not None:
@@ -94,6 +96,20 @@ def _ablation(right: Right) -> str:
         lines.append(cells)
     titles = [f"{method}, {keep} tokens" for method, keep in columns]
     return _table(["ablation (gain over plain)", *titles], lines)
+
+
+def _pooled(right: Right) -> str:
+    """One line for each question that a default answers."""
+    asked = {
+        "RESTORE - plain": ("paper", "plain"),
+        "official anchors - paper's": ("official", "paper"),
+        "evenly spaced anchors - paper's": ("uniform-anchors", "paper"),
+        "real sizes in layer 0 - uniform ones": ("layer0-size", "paper"),
+        "with the distance term - without": ("paper", "merge+positions+size"),
+    }
+    answers = {title: pooled(right, *ways) for title, ways in asked.items()}
+    lines = [(title, _signed(gain)) for title, gain in answers.items() if gain is not None]
+    return _table(["over all methods and budgets measured", "difference"], lines)
 
 
 def _mean(right: Sequence[bool]) -> str:

@@ -12,7 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+from restore_ext.ops import DEVICE_TYPES
+
+DEVICES = ["cpu"]
+if torch.cuda.is_available() and "cuda" in DEVICE_TYPES:
+    DEVICES.append("cuda")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 

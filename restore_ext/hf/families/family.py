@@ -7,10 +7,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from restore_ext import checks
 from restore_ext.hf.attention import PREPARED, require_mask_attention
 from restore_ext.hf.patches import Patches
 from restore_ext.hf.settings import Settings
 from restore_ext.hf.vision import Record, Seen
+from restore_ext.rope import rope_decay
 
 OP_HEAD_SIZES = range(32, 257, 8)
 
@@ -62,6 +64,8 @@ class Family(ABC):
 
     def require(self, settings: Settings) -> None:
         """Raises for a model the hook cannot serve with these settings."""
+        for parameter in self.model.parameters():
+            checks.require_kernels("model", parameter.device)
         config = self.lm.config
         kinds = getattr(config, "layer_types", None) or []
         windowed = getattr(config, "sliding_window", None) is not None
@@ -72,6 +76,14 @@ class Family(ABC):
                 f"layer_types {sorted(set(kinds)) or 'sliding_attention'} (sliding_window "
                 f"{getattr(config, 'sliding_window', None)})"
             )
+        if settings.distance:
+            try:
+                rope_decay(self.lm, 1)
+            except ValueError as error:  # no layer was named, and they differ
+                raise NotImplementedError(
+                    "model: the distance term needs the same RoPE in every layer, got a "
+                    f"{type(self.lm).__name__} whose layers differ in theirs; use calibrate='size'"
+                ) from error
         if settings.backend == "op" and self._head_size not in OP_HEAD_SIZES:
             raise ValueError(
                 "backend='op' needs a head size of 32 to 256 in steps of 8, got "

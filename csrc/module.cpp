@@ -2,21 +2,28 @@
 // It carries only facts about the build; tensors travel through the dispatcher.
 #include <Python.h>
 
-#ifndef RESTORE_EXT_CUDA_ARCHS
-#define RESTORE_EXT_CUDA_ARCHS ""
+#if defined(__AVX512F__)
+#define RESTORE_EXT_CPU "avx512f"
+#elif defined(__AVX2__)
+#define RESTORE_EXT_CPU "avx2"
+#elif defined(__SSE2__)
+#define RESTORE_EXT_CPU "generic x86-64 (SSE2)"
+#else
+#define RESTORE_EXT_CPU "generic"
 #endif
 
-static struct PyModuleDef definition = {
-    PyModuleDef_HEAD_INIT, "_C", NULL, 0, NULL, NULL, NULL, NULL, NULL};
+static PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT, "_C", nullptr, 0, nullptr, nullptr, nullptr, nullptr, nullptr};
 
-PyMODINIT_FUNC PyInit__C(void) {
+PyMODINIT_FUNC PyInit__C() {
   PyObject* module = PyModule_Create(&definition);
-  if (module == NULL) return NULL;
+  if (module == nullptr) return nullptr;
   if (PyModule_AddStringConstant(module, "compiler", __VERSION__) < 0 ||
       PyModule_AddStringConstant(module, "torch_target", RESTORE_EXT_TORCH_TARGET) < 0 ||
+      PyModule_AddStringConstant(module, "cpu", RESTORE_EXT_CPU) < 0 ||
       PyModule_AddStringConstant(module, "cuda_archs", RESTORE_EXT_CUDA_ARCHS) < 0) {
     Py_DECREF(module);
-    return NULL;
+    return nullptr;
   }
   return module;
 }
