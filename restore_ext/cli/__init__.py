@@ -10,6 +10,7 @@ from restore_ext.methods import list_methods
 from restore_ext.reduce import DEFAULT_METHOD
 
 METHODS = f"how tokens are picked: {', '.join(list_methods())}"
+INSTALL = 'pip install "transformers>=4.57.6,<6" accelerate pillow tqdm'
 BACKENDS = ("op", "mask")
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         package = (error.name or "restore_ext").split(".")[0]
         if package == "restore_ext":
             raise
-        said = f"{arguments.command} needs {package}, of the extra [cli]: pip install {package}"
+        said = f"{arguments.command} needs {package}: {INSTALL}"
     print(f"restore-ext: error: {said}", file=sys.stderr)
     return 2
 

@@ -1,5 +1,6 @@
 """RESTORE for transformers: attach() to a model, or prepare_inputs() for stock generate()."""
 
+from restore_ext.hf import compat  # noqa: F401  first: it says what is missing
 from restore_ext.hf.handle import Handle, attach
 from restore_ext.hf.inputs import PreparedInputs, prepare_inputs
 from restore_ext.hf.plan import SequencePlan
