@@ -1,12 +1,33 @@
 # make demo    environment, build, and the main job: a picture and a question, answered on 64 of 576 tokens
 # make test    environment, build, all tests that need no GPU
-# make ci      make test, and format, lint, types, packaging and a short bench
+# make ci      make test, and format, lint, types, packaging, the CUDA kernels and a short bench
+# make check-cuda      compiles the CUDA kernels and runs them on the CPU (no GPU); -all: everything
+# make check-abi       one binary under the oldest torch and the newest, with and without CUDA
+# make wheel wheel-cuda    wheels in dist/
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
-SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+OPS := $(filter-out require,$(basename $(notdir $(wildcard csrc/contracts/*.h))))
+OP_TESTS := $(OPS:%=python_tests/test_%.py)
+JOBS ?= 2
 
-.PHONY: demo test ci build style types wheel bench-smoke cmake matrix pocket-table clean
+# What each operator's tests run of themselves where threads are watched (check) or come from PTX:
+# ten times slower. An expression of pytest's -k; make check-cuda-all runs all.
+QUICK_assign_anchors := not same_bits
+QUICK_calibrated_attention := not same_bits
+QUICK_calibrated_attention_paged := not same_bits
+QUICK_match_bipartite := not same_bits
+QUICK_merge_tokens := not same_bits and not more_groups and not means_what
+QUICK_score_anchors := not same_bits
+QUICK_select_anchors := not same_bits
+QUICK_select_diverse := not same_bits
+OR := ) or (
+QUICK := ($(subst $(OR) end,,$(foreach op,$(OPS),test_$(op).py and ($(QUICK_$(op)))$(OR)) end))
+
+.PHONY: demo test ci build style types wheel wheel-cuda bench-smoke cmake matrix pocket-table clean
+.PHONY: check-abi check-cuda check-cuda-all cuda-compiles
+.PHONY: emulate-tests emulate-source emulate-check emulate-ptx80 emulate-ptx90a
 
 demo: build
 	$(BIN)/restore-ext demo
@@ -14,7 +35,7 @@ demo: build
 test: build
 	$(BIN)/python -m pytest
 
-ci: test style types wheel cmake bench-smoke
+ci: test style types wheel cmake check-cuda bench-smoke
 
 $(VENV)/ready: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -32,11 +53,42 @@ style: $(VENV)/ready
 types: build
 	$(BIN)/mypy
 
-# The wheel must work where only torch and numpy are: no transformers, no source tree.
+# A wheel must work where only torch and numpy are: no transformers, no source tree.
 wheel: $(VENV)/ready
-	rm -rf build/wheel
-	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel .
-	$(BIN)/python tools/check_wheel.py build/wheel/*.whl
+	RESTORE_EXT_CUDA=0 $(BIN)/python tools/build_wheel.py dist/cpu
+	$(BIN)/python tools/check_wheel.py dist/cpu/*.whl
+
+wheel-cuda: $(VENV)/ready
+	RESTORE_EXT_CUDA=1 $(BIN)/python tools/build_wheel.py dist/cuda13
+	$(BIN)/python tools/check_wheel.py dist/cuda13/*.whl
+
+# Fetches a CUDA torch once, 530 MB. Not in CI; before a release.
+check-abi: wheel-cuda
+	$(BIN)/python tools/check_abi.py dist/cuda13/*.whl
+
+# The CUDA kernels where there is no GPU: compiled for every architecture, and run on the CPU.
+check-cuda: build
+	$(MAKE) -j$(JOBS) VENV=$(VENV) cuda-compiles emulate-tests emulate-source emulate-check \
+	  emulate-ptx80 emulate-ptx90a
+
+# The same with every test in every mode, then with bugs planted, each of which must be caught.
+check-cuda-all: build
+	$(MAKE) -j$(JOBS) VENV=$(VENV) cuda-compiles emulate-tests emulate-source
+	$(MAKE) -j$(JOBS) VENV=$(VENV) QUICK= emulate-check emulate-ptx80 emulate-ptx90a
+	$(BIN)/python tools/mutate_kernels.py
+
+cuda-compiles: $(VENV)/ready
+	$(BIN)/python tools/cuda_check.py --sass
+
+emulate-tests:
+	$(BIN)/python -m pytest python_tests/emulator
+
+emulate-source:
+	$(BIN)/python -m pytest $(OP_TESTS) --emulator $$($(BIN)/python tools/emulator.py source)
+
+emulate-check emulate-ptx80 emulate-ptx90a: emulate-%:
+	$(BIN)/python -m pytest $(OP_TESTS) -k "$(QUICK)" \
+	  --emulator $$($(BIN)/python tools/emulator.py $*)
 
 cmake: $(VENV)/ready
 	$(BIN)/cmake -S . -B build/cmake -DPython_EXECUTABLE=$(abspath $(BIN)/python) > /dev/null

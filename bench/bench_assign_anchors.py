@@ -1,10 +1,21 @@
 """assign_anchors against the usual formulation: one batched product of tokens and anchors."""
 
-import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from bench.harness import main
+from bench.gpu.tokens import (
+    SIZES,
+    TINY,
+    assign_units,
+    compiled_form,
+    flash_kmeans_assign,
+    half,
+    nearest,
+    own,
+    released_assign,
+    token_cost,
+)
+from bench.harness import Gpu, Peer, main
 from restore_ext import assign_anchors
 from restore_ext.testing.tokens import TokenCase, check_assign_anchors
 
@@ -15,16 +26,19 @@ class Case(TokenCase):
 
 
 def plain_torch(x: Tensor, anchors: Tensor) -> Tensor:
-    unit = normalize(x.float(), dim=-1)
-    chosen = unit.gather(1, anchors[..., None].expand(-1, -1, x.shape[2]))
-    group = (unit @ chosen.mT).argmax(-1)
-    return group.scatter(
-        1, anchors, torch.arange(anchors.shape[1], device=x.device).expand_as(anchors)
-    )
+    return own(nearest(normalize(x.float(), dim=-1), anchors).argmax(-1), anchors)
 
 
 CASES = [Case(k=32), Case(k=32, C=4096), Case(B=4, N=196, k=16, C=768)]
 
 if __name__ == "__main__":
     providers = {"plain torch": plain_torch, "restore_ext": assign_anchors}
-    main("assign_anchors", CASES, providers, check_assign_anchors)
+    peers = {
+        "torch.compile": compiled_form(plain_torch),
+        "released code": half(released_assign),
+        "units given": Peer(assign_units, exact=False),
+        "flash-kmeans, units given": Peer(flash_kmeans_assign, exact=False),
+    }
+    gpu = Gpu([Case(k=s["N"] // 9, **s) for s in SIZES], [Case(k=5, **s) for s in TINY], peers)
+    cost = token_cost(lambda given: given["anchors"].numel() * given["x"].shape[1])
+    main("assign_anchors", CASES, providers, check_assign_anchors, gpu=gpu, cost=cost)

@@ -1,56 +1,13 @@
 """calibrated_attention against SDPA with the bias as a mask, built for the call or kept.
 
-A case without sizes and distances is plain causal attention, where SDPA needs no mask at all.
+A case without sizes and distances is plain causal attention, where SDPA needs no mask at all. On a
+GPU also against the released code's layer and against kernels that know a bias, or none.
 """
 
-from typing import Any
-
-import torch
-from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
-
-from bench.harness import main
-from restore_ext import calibrated_attention, reference
-from restore_ext.testing.attention import AttentionCase, truth
-
-
-def mask_of(given: dict[str, Any]) -> Tensor | None:
-    if given["log_size"] is None and given["decay"] is None:
-        return None
-    query, key = given["query"], given["key"]
-    names = ("log_size", "query_position", "key_position", "decay", "causal", "key_range")
-    shape = (len(query), query.shape[2], key.shape[2])
-    bias = reference.attention_bias(*shape, **{n: given[n] for n in names}, device=query.device)
-    return bias.to(query.dtype)
-
-
-def by_sdpa(given: dict[str, Any], mask: Tensor | None) -> Tensor:
-    heads = (given[name] for name in ("query", "key", "value"))
-    alone = mask is None and given["query"].shape[2] > 1
-    return scaled_dot_product_attention(*heads, attn_mask=mask, is_causal=alone, enable_gqa=True)
-
-
-def sdpa_and_mask(**given: Any) -> Tensor:
-    return by_sdpa(given, mask_of(given))
-
-
-class SdpaMaskKept:
-    """The mask of the case at hand is built once, as if all layers shared it."""
-
-    query: Tensor | None = None
-    mask: Tensor | None = None
-
-    def __call__(self, **given: Any) -> Tensor:
-        if given["query"] is not self.query:
-            self.query, self.mask = given["query"], mask_of(given)
-        return by_sdpa(given, self.mask)
-
-
-def check(out: Tensor, **given: Any) -> None:
-    """Wider than the tests: in half precision SDPA also rounds its mask and its weights."""
-    eps = torch.finfo(out.dtype).eps
-    torch.testing.assert_close(out.double(), truth(given)[0], rtol=8 * eps, atol=64 * eps)
-
+from bench.gpu.attention import BACKENDS, KEPT, check, cost, official_layer, sdpa_and_mask
+from bench.harness import Gpu, Peer, main
+from restore_ext import calibrated_attention
+from restore_ext.testing.attention import AttentionCase
 
 CASES = [
     AttentionCase(Hq=3, Hkv=3, Lq=660, Lk=660, D=64),  # the model in the package, all tokens
@@ -61,10 +18,35 @@ CASES = [
     AttentionCase(Hq=8, Hkv=2, Lq=1, Lk=704, P=0),  # a decoding step
 ]
 
+
+def prompt(L: int, Hq: int = 32, Hkv: int = 32, B: int = 1, merged: bool = True) -> AttentionCase:
+    positions = "merged" if merged else None
+    return AttentionCase(
+        B=B, Hq=Hq, Hkv=Hkv, Lq=L, Lk=L, sizes=merged, positions=positions, P=max(4096, L)
+    )
+
+
+ON_GPU = [
+    prompt(192),  # LLaVA-1.5, 64 and 192 of 576 tokens kept, and all
+    prompt(320),
+    prompt(704, merged=False),
+    prompt(4096),  # where kernels reach their plateau
+    prompt(704, B=64),
+    prompt(1024, Hq=28, Hkv=4),  # Qwen2.5-VL, reduced and not
+    prompt(3400, Hq=28, Hkv=4),
+    prompt(512),  # LLaVA-NeXT
+    prompt(3000, merged=False),
+    prompt(8192),
+    prompt(16384, Hq=28, Hkv=4, merged=False),
+]
+TINY = [prompt(40, Hq=4, Hkv=2), prompt(37, Hq=2, Hkv=2, B=2, merged=False)]
+
 if __name__ == "__main__":
     providers = {
         "SDPA, new mask": sdpa_and_mask,
-        "SDPA, old mask": SdpaMaskKept(),
+        "SDPA, old mask": KEPT,
         "restore_ext": calibrated_attention,
     }
-    main("calibrated_attention", CASES, providers, check)
+    peers = {"released code's layer": Peer(official_layer), **BACKENDS}
+    gpu = Gpu(ON_GPU, TINY, peers)
+    main("calibrated_attention", CASES, providers, check, gpu=gpu, cost=cost)

@@ -3,7 +3,17 @@
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from bench.harness import main
+from bench.gpu.tokens import (
+    SIZES,
+    TINY,
+    compiled_form,
+    half,
+    match_units,
+    pairs,
+    released_match,
+    token_cost,
+)
+from bench.harness import Gpu, Peer, main
 from restore_ext import match_bipartite
 from restore_ext.testing.tokens import TokenCase, check_match_bipartite
 
@@ -15,14 +25,18 @@ class Case(TokenCase):
 
 def plain_torch(metric: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
     unit = normalize(metric.float(), dim=-1)
-    best, partner = (unit[:, ::2] @ unit[:, 1::2].mT).max(-1)
-    order = best.argsort(dim=-1, descending=True, stable=True)
-    src, left = order[:, :r], order[:, r:]
-    return 2 * left, 2 * src, 2 * partner.gather(1, src) + 1
+    return pairs(*(unit[:, ::2] @ unit[:, 1::2].mT).max(-1), r)
 
 
 CASES = [Case(k=144, C=64), Case(k=144), Case(B=8, N=196, k=16, C=64)]
 
 if __name__ == "__main__":
     providers = {"plain torch": plain_torch, "restore_ext": match_bipartite}
-    main("match_bipartite", CASES, providers, check_match_bipartite)
+    peers = {
+        "torch.compile": compiled_form(plain_torch),
+        "released code": half(released_match),
+        "units given": Peer(match_units, exact=False),
+    }
+    gpu = Gpu([Case(k=s["N"] // 4, **s) for s in SIZES], [Case(k=7, **s) for s in TINY], peers)
+    cost = token_cost(lambda given: len(given["metric"]) * given["metric"].shape[1] ** 2 / 4)
+    main("match_bipartite", CASES, providers, check_match_bipartite, gpu=gpu, cost=cost)

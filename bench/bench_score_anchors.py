@@ -1,6 +1,15 @@
 """score_anchors against the usual formulation, which stores all N x N cosines."""
 
-from bench.harness import main
+from bench.gpu.tokens import (
+    SIZES,
+    TINY,
+    compiled_form,
+    half,
+    released_scores,
+    square,
+    token_cost,
+)
+from bench.harness import Gpu, main
 from restore_ext import reference, score_anchors
 from restore_ext.testing.tokens import TokenCase, check_score_anchors
 
@@ -18,4 +27,10 @@ CASES = [Case(), Case(C=4096), Case(B=4, N=196, C=768)]
 
 if __name__ == "__main__":
     providers = {"plain torch": plain_torch, "restore_ext": score_anchors}
-    main("score_anchors", CASES, providers, check_score_anchors)
+    peers = {
+        "torch.compile": compiled_form(plain_torch),
+        "released code": half(released_scores, mode="official"),
+    }
+    gpu = Gpu([Case(**s) for s in SIZES], [Case(**s) for s in TINY], peers)
+    cost = token_cost(square)
+    main("score_anchors", CASES, providers, check_score_anchors, gpu=gpu, cost=cost)

@@ -2,7 +2,16 @@
 
 from torch import Tensor
 
-from bench.harness import main
+from bench.gpu.tokens import (
+    SIZES,
+    TINY,
+    compiled_form,
+    half,
+    released_anchors,
+    square,
+    token_cost,
+)
+from bench.harness import Gpu, main
 from restore_ext import reference, select_anchors
 from restore_ext.testing.tokens import TokenCase, check_select_anchors
 
@@ -20,4 +29,10 @@ CASES = [Case(), Case(C=4096), Case(B=4, N=196, k=32, C=768)]
 
 if __name__ == "__main__":
     providers = {"plain torch": plain_torch, "restore_ext": select_anchors}
-    main("select_anchors", CASES, providers, check_select_anchors)
+    peers = {
+        "torch.compile": compiled_form(plain_torch),
+        "released code": half(released_anchors, mode="official"),
+    }
+    gpu = Gpu([Case(k=s["N"] // 9, **s) for s in SIZES], [Case(k=5, **s) for s in TINY], peers)
+    cost = token_cost(square)
+    main("select_anchors", CASES, providers, check_select_anchors, gpu=gpu, cost=cost)

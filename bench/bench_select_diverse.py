@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from bench.harness import main
+from bench.gpu.tokens import SIZES, TINY, half, released_diverse, square, token_cost
+from bench.harness import Gpu, main
 from restore_ext import select_diverse
 from restore_ext.testing.tokens import TokenCase, check_select_diverse
 
@@ -32,4 +33,9 @@ CASES = [Case(), Case(C=4096), Case(B=4, N=196, k=32, C=768)]
 
 if __name__ == "__main__":
     providers = {"plain torch": plain_torch, "restore_ext": select_diverse}
-    main("select_diverse", CASES, providers, check_select_diverse)
+    peers = {"released code": half(released_diverse)}
+    budgets = [min(s["N"] // 9, 128) for s in SIZES]
+    cases = [Case(k=k, **s) for k, s in zip(budgets, SIZES, strict=True)]
+    gpu = Gpu(cases, [Case(k=5, **s) for s in TINY], peers)
+    cost = token_cost(square)
+    main("select_diverse", CASES, providers, check_select_diverse, gpu=gpu, cost=cost)

@@ -1,6 +1,9 @@
 // restore_ext._C: importing it loads this library, and loading it registers the operators.
-// It carries only facts about the build; tensors travel through the dispatcher.
+// It carries facts about the build, and the profiler's ranges; tensors travel through the
+// dispatcher.
 #include <Python.h>
+
+#include "nvtx.h"
 
 #if defined(__AVX512F__)
 #define RESTORE_EXT_CPU "avx512f"
@@ -12,8 +15,24 @@
 #define RESTORE_EXT_CPU "generic"
 #endif
 
+static PyObject* range_push(PyObject*, PyObject* name) {
+  const char* text = PyUnicode_AsUTF8AndSize(name, nullptr);
+  if (text == nullptr) return nullptr;
+  restore_ext::nvtx::push(text);
+  Py_RETURN_NONE;
+}
+
+static PyObject* range_pop(PyObject*, PyObject*) {
+  restore_ext::nvtx::pop();
+  Py_RETURN_NONE;
+}
+
+static PyMethodDef functions[] = {{"range_push", range_push, METH_O, nullptr},
+                                  {"range_pop", range_pop, METH_NOARGS, nullptr},
+                                  {nullptr, nullptr, 0, nullptr}};
+
 static PyModuleDef definition = {
-    PyModuleDef_HEAD_INIT, "_C", nullptr, 0, nullptr, nullptr, nullptr, nullptr, nullptr};
+    PyModuleDef_HEAD_INIT, "_C", nullptr, 0, functions, nullptr, nullptr, nullptr, nullptr};
 
 PyMODINIT_FUNC PyInit__C() {
   PyObject* module = PyModule_Create(&definition);
@@ -21,7 +40,8 @@ PyMODINIT_FUNC PyInit__C() {
   if (PyModule_AddStringConstant(module, "compiler", __VERSION__) < 0 ||
       PyModule_AddStringConstant(module, "torch_target", RESTORE_EXT_TORCH_TARGET) < 0 ||
       PyModule_AddStringConstant(module, "cpu", RESTORE_EXT_CPU) < 0 ||
-      PyModule_AddStringConstant(module, "cuda_archs", RESTORE_EXT_CUDA_ARCHS) < 0) {
+      PyModule_AddStringConstant(module, "cuda_archs", RESTORE_EXT_CUDA_ARCHS) < 0 ||
+      PyModule_AddIntConstant(module, "nvtx", restore_ext::nvtx::built_in()) < 0) {
     Py_DECREF(module);
     return nullptr;
   }

@@ -5,9 +5,9 @@
 // size. `budget` is an optional int32 [B]: how many each row may pick, at most the plain int beside
 // it. `valid` is an optional bool [B, N]: a token that is False takes no part.
 
-#include <torch/csrc/stable/library.h>
+#include "library.h"
 
-STABLE_TORCH_LIBRARY(restore_ext, m) {
+RESTORE_EXT_LIBRARY(m) {
   // Pairs even tokens with their most similar odd ones and takes the r best pairs.
   // metric [B, N, C] -> unmerged [B, U], src [B, R], dst [B, R]
   m.def(
@@ -43,4 +43,13 @@ STABLE_TORCH_LIBRARY(restore_ext, m) {
       "calibrated_attention(Tensor query, Tensor key, Tensor value, Tensor? log_size, "
       "Tensor? query_position, Tensor? key_position, Tensor? decay, bool causal, "
       "Tensor? key_range, float softcap, float? scale) -> (Tensor out, Tensor lse)");
+
+  // The same for queries that follow a cache in pages: the last Lq tokens of every row, causal.
+  // query [B, Hq, Lq, D], key_cache and value_cache [pages, page, Hkv, D], block_table
+  // [B, max_pages], seqlens [B] -> out [B, Hq, Lq, D], lse [B, Hq, Lq]
+  m.def(
+      "calibrated_attention_paged(Tensor query, Tensor key_cache, Tensor value_cache, "
+      "Tensor block_table, Tensor seqlens, Tensor? log_size, Tensor? query_position, "
+      "Tensor? key_position, Tensor? decay, float softcap, float? scale) "
+      "-> (Tensor out, Tensor lse)");
 }

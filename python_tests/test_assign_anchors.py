@@ -28,6 +28,13 @@ def test_ties_go_to_the_lowest_index(case, device):
     testing.assert_same_bits(got, reference.assign_anchors(x, anchors, valid=valid))
 
 
+def test_many_tokens_and_anchors(device):
+    case = TokenCase(B=2, N=1500, k=300, C=9, ragged=True)  # more than a block of threads or a tile
+    x, anchors, valid = case.x(device), case.anchors(device), case.valid(device)
+    group = ops.assign_anchors(x, anchors, valid=valid)
+    tokens.check_assign_anchors(group, x, anchors, valid=valid)
+
+
 def test_an_anchor_belongs_to_itself(device):
     x = torch.ones(1, 6, 4, device=device)  # all alike: others join the first
     anchors = torch.tensor([[4, 1, 3]], device=device)

@@ -26,7 +26,7 @@ from hf_harness import (
     stock,
     with_defaults,
 )
-from test_hf_refusals import WRONG, OnOne, offloaded, quantised, smollm3_llava
+from test_hf_refusals import WRONG, offloaded, quantised, smollm3_llava
 
 import restore_ext
 from restore_ext.testing.models import (
@@ -304,12 +304,3 @@ def test_a_model_without_rope_has_no_distance_term(backend):
         for calibrate in ("size+distance", "size")
     )
     assert torch.equal(far, near)
-
-
-@each_family
-def test_it_refuses_a_device_without_kernels(family, monkeypatch):
-    model, inputs = fresh(family), make_inputs(family)
-    parameter, gpu = model.lm_head.weight, torch.device("cuda", 1)
-    monkeypatch.setattr(type(parameter), "device", OnOne(parameter, gpu), raising=False)
-    with pytest.raises(NotImplementedError, match=r"^model.*CPU.*no kernels.*cuda:1$"):
-        prepare(model, inputs)

@@ -35,6 +35,14 @@ def test_ties_go_to_the_lowest_index(case, class_token, device):
     )
 
 
+@pytest.mark.parametrize("class_token", [False, True])
+def test_many_tokens(class_token, device):
+    case = TokenCase(B=2, N=3200, k=900, C=9, ragged=True)  # more than a block of threads or a tile
+    x, valid = case.x(device), case.valid(device)
+    result = ops.match_bipartite(x, case.k, valid=valid, class_token=class_token)
+    tokens.check_match_bipartite(result, x, case.k, valid=valid, class_token=class_token)
+
+
 def test_a_token_that_cannot_be_compared_is_the_last_choice(device):
     x = torch.tensor([[1.0], [float("nan")], [1.0], [-1.0], [float("inf")], [-1.0]], device=device)
     for r in range(4):  # even its opposite is more similar to a token

@@ -28,6 +28,69 @@ def test_a_token_alone_is_untouched(dtype, device):
     assert torch.equal(position, order.argsort().expand(2, 20))
 
 
+def test_a_token_alone_is_untouched_whatever_it_weighs(device):
+    given = SMALL.arguments(device, torch.float32)
+    given |= {"group": torch.arange(20, device=device).expand(2, 20), "num_groups": 20}
+    merged, size, _ = ops.merge_tokens(**given)
+    assert torch.equal(merged, given["x"]) and torch.equal(size, given["size"])
+
+
+# Around the chunks in which the CUDA kernels sum a group (64 members), in which they load them (8),
+# and the 32 tokens that a warp places at once. One group takes 70 % of the tokens.
+LENGTHS = [64, 2100, 0, 65, 1, 128, 129, 8, 63, 0, 0, 192, 31, 33, 7, 9]
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+@pytest.mark.parametrize("C", [40, 3], ids="C={}".format)
+def test_groups_of_any_length(C, shuffled, device):
+    g = torch.Generator().manual_seed(0)
+    group = torch.arange(len(LENGTHS)).repeat_interleave(torch.tensor(LENGTHS))
+    N = len(group)
+    group = torch.cat([group.new_full((1, 50), -1), group[None]], 1).repeat(2, 1)
+    if shuffled:
+        group = torch.stack([row[torch.randperm(N + 50, generator=g)] for row in group])
+    given = {
+        "x": torch.randn(2, N + 50, C, generator=g).to(device),
+        "group": group.to(device),
+        "num_groups": len(LENGTHS),
+        "size": torch.randint(1, 9, (2, N + 50), generator=g).float().to(device),
+        "position": torch.randint(-(2**40), 2**40, (2, N + 50), generator=g).to(device),
+    }
+    check_merge_tokens(ops.merge_tokens(**given), **given)
+    given |= {"size": None, "position": None}
+    check_merge_tokens(ops.merge_tokens(**given), **given)
+
+
+def test_more_groups_than_a_block_can_count(device):
+    given = MergeCase(B=2, N=70, M=60_000, C=1).arguments(device, torch.float32)
+    given["group"][:, -5:] = 59_999
+    check_merge_tokens(ops.merge_tokens(**given), **given)
+
+
+MANY = 300
+POSITIONS = {
+    "ascending": torch.arange(MANY) - 17,
+    "descending": -torch.arange(MANY),
+    "a step back": torch.arange(MANY) - 2 * (torch.arange(MANY) == MANY - 1),
+    "equal": torch.full((MANY,), -5),
+    "few": torch.arange(MANY) % 3 - 1,
+    "one bit": torch.arange(MANY) % 2 << 32,
+    "all bits": torch.arange(MANY) * 0x9E3779B97F4A7C15,
+    "far apart": torch.where(torch.arange(MANY) % 5 < 2, 2**63 - 1, -(2**63)),
+}
+
+
+@pytest.mark.parametrize("order", POSITIONS)
+def test_position_is_exact_for_any_numbers(order, device):
+    position = POSITIONS[order][None].to(device)
+    x = torch.zeros(1, MANY, 1, device=device)
+    for M in (1, 2, 7):
+        group = (torch.arange(MANY, device=device) * 5 % 11 % M)[None]
+        got = ops.merge_tokens(x, group, M, position=position)[2]
+        wanted = reference.merge_tokens(x.double(), group, M, position=position)[2]
+        assert torch.equal(got, wanted)
+
+
 def test_position_is_the_lower_median(device):
     x = torch.zeros(1, 7, 1, device=device)
     group = torch.tensor([[0, 1, 0, 0, 2, 0, 1]], device=device)

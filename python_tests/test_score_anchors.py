@@ -32,6 +32,14 @@ def test_equal_densities_are_no_rivals(case, mode, device):
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_ties_among_many_tokens(mode, device):
+    x = TokenCase(B=2, N=1100, C=12, kind="corners").x(device)
+    x[1, ::7, 3] = float("nan")
+    got = ops.score_anchors(x, mode=mode)
+    testing.assert_same_bits(got, reference.score_anchors(x, mode=mode))
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_copies_of_a_token_score_the_same_bits(mode, device):
     case = TokenCase(B=1, N=24, C=100)
     copied = case.x(device).repeat(1, 5, 1)
@@ -57,6 +65,14 @@ def test_valid_means_the_row_without_the_rest(mode, device):
         alone = ops.score_anchors(x[b : b + 1, valid[b]], mode=mode)[0]
         testing.assert_same_bits(got[b, valid[b]], alone)
         assert (got[b, ~valid[b]] == tokens.NEVER).all()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_picture_of_one_color_has_no_rivals(mode, device):
+    x = TokenCase(B=1, N=1, C=131).x(device).expand(2, 150, 131)
+    score = ops.score_anchors(x, mode=mode)
+    assert (score == score[0, 0]).all()
+    torch.testing.assert_close(score[0, 0].item(), 150.0, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("view", testing.VIEWS)

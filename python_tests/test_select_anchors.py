@@ -31,6 +31,22 @@ def test_ties_go_to_the_lowest_index(case, mode, device):
     testing.assert_same_bits(got, reference.select_anchors(x, k, mode=mode, valid=valid))
 
 
+@pytest.mark.parametrize("k", [1, 700, 1900, 2100])
+def test_ties_among_many_tokens(k, device):
+    x = TokenCase(B=1, N=2100, C=5, kind="corners").x(device)
+    x[0, ::5, 3] = float("nan")
+    testing.assert_same_bits(ops.select_anchors(x, k), reference.select_anchors(x, k))
+
+
+@pytest.mark.parametrize("k", [1, 33, 1024, 2099])
+def test_the_highest_of_many_scores(k, device):
+    x = TokenCase(B=1, N=2100, C=4).x(device)
+    got, score = ops.select_anchors(x, k)[0], ops.score_anchors(x)[0]
+    testing.assert_same_bits(
+        got, score.sort(descending=True, stable=True).indices[:k].sort().values
+    )
+
+
 def test_a_token_that_cannot_be_compared_comes_last(device):
     x = TokenCase(B=1, N=9, C=8).x(device)
     x[0, [2, 5], 3] = float("nan")

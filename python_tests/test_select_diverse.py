@@ -28,6 +28,31 @@ def test_ties_go_to_the_lowest_index(case, device):
     testing.assert_same_bits(got, reference.select_diverse(x, k, valid=valid))
 
 
+def test_ties_among_many_tokens(device):
+    x = TokenCase(B=1, N=4500, C=5, kind="corners").x(device)
+    x[0, :4200] = x[0, 0]  # whatever differs comes late
+    x[0, ::5, 3] = float("nan")
+    testing.assert_same_bits(ops.select_diverse(x, 14), reference.select_diverse(x, 14))
+
+
+# How CUDA goes about it depends on N and B. The valid tokens are few, and lie far apart.
+@pytest.mark.parametrize("B, N", [(2, 11600), (2, 16400)])
+@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+def test_a_few_of_very_many_tokens(dtype, B, N, device):
+    few = torch.arange(7, N, N // 50, device=device)
+    case = TokenCase(B=B, N=len(few), C=37, kind="broken")
+    some = case.x(device, dtype)
+    x, valid = torch.full((B, N, 37), 7.0, device=device, dtype=dtype), few.new_zeros(B, N).bool()
+    x[:, few], valid[:, few] = some, True
+    budget = torch.tensor([20, len(few) + 1], dtype=torch.int32, device=device)
+    got = ops.select_diverse(x, budget, valid=valid, max_k=55)
+    for b, k in enumerate(budget.tolist()):
+        k = min(k, len(few))
+        picks = torch.searchsorted(few, got[b : b + 1, :k])
+        assert torch.equal(few[picks], got[b : b + 1, :k]) and (got[b, k:] == -1).all()
+        tokens.check_select_diverse(picks, some[b : b + 1], k)
+
+
 def test_goes_round_the_corners_of_a_square_before_it_fills_in(device):
     # 0, 1, 2, 3: four directions at right angles; 4, 5: close to 0 and to 1.
     x = torch.tensor([[1, 0], [0, 1], [-1, 0], [0, -1], [1, 0.1], [0.2, 1]], device=device)

@@ -1,6 +1,10 @@
-"""Facts about the build; importing the module registers the operators."""
+"""Facts about the build, and a profiler's ranges; importing the module registers the operators."""
 
 compiler: str
 torch_target: str
 cpu: str
 cuda_archs: str
+nvtx: int
+
+def range_push(name: str) -> None: ...
+def range_pop() -> None: ...

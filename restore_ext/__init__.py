@@ -6,6 +6,7 @@ from restore_ext.config import show_config
 from restore_ext.ops import (
     assign_anchors,
     calibrated_attention,
+    calibrated_attention_paged,
     match_bipartite,
     merge_tokens,
     score_anchors,
@@ -25,6 +26,7 @@ __all__ = [
     "assign_anchors",
     "attach",
     "calibrated_attention",
+    "calibrated_attention_paged",
     "match_bipartite",
     "merge_tokens",
     "prepare_inputs",

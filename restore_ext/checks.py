@@ -10,6 +10,7 @@ from torch import Tensor
 from restore_ext.ops import DEVICE_TYPES
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
+OLDEST_GPU = (8, 0)  # the compute capability that the CUDA kernels start at
 
 
 def require_features(name: str, x: Any, batch_shape: Sequence[int] | None = None) -> None:
@@ -43,11 +44,20 @@ def require_tensor(name: str, x: Any) -> None:
 
 def require_kernels(name: str, device: torch.device) -> None:
     """Something on a device whose operators this build has."""
+    if (reason := why_no_kernels(device)) is not None:
+        raise NotImplementedError(f"{name} must be on the CPU: {reason}, got {device}")
+
+
+def why_no_kernels(device: torch.device) -> str | None:
+    """Why the operators cannot run on a device; None if they can."""
     if device.type not in DEVICE_TYPES:
-        raise NotImplementedError(
-            f"{name} must be on the CPU: this build of restore_ext has no kernels for "
-            f"{device.type}, got {device}"
-        )
+        return f"this build of restore_ext has no kernels for {device.type}"
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability < OLDEST_GPU:
+            wanted, got = (".".join(map(str, c)) for c in (OLDEST_GPU, capability))
+            return f"the kernels need a GPU of compute capability {wanted} or newer, this is {got}"
+    return None
 
 
 def require_device(name: str, x: Tensor, features: Tensor) -> None:

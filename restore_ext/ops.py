@@ -222,6 +222,63 @@ def _(query, key, value, log_size, query_position, key_position, decay, causal, 
     return query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=torch.float32)
 
 
+def calibrated_attention_paged(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    seqlens: Tensor,
+    *,
+    log_size: Tensor | None = None,
+    query_position: Tensor | None = None,
+    key_position: Tensor | None = None,
+    decay: Tensor | None = None,
+    softcap: float = 0.0,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`calibrated_attention` of each row's last Lq tokens to a cache in pages, the decoding step.
+
+    The queries are the last Lq of a row's seqlens[b] tokens, and causal: query i sees the tokens
+    before index seqlens[b] - Lq + i + 1.
+
+    query                   [B, Hq, Lq, D], D in 32..256 in steps of 8
+    key_cache, value_cache  [pages, page, Hkv, D] in query's dtype, page in 16..256; a cache in the
+                            order [pages, Hkv, page, D] comes as its transpose(1, 2)
+    block_table             [B, max_pages] int32, the row's pages in order; one outside [0, pages)
+                            is a page of tokens that are not seen, nothing is read
+    seqlens                 [B] int32, tokens of the row, these queries' own included; clipped to
+                            [0, max_pages * page], what exists
+    log_size                [pages, page] float32; -inf is padding, what lies there is never read
+    query_position          [B, Lq] or [B, G, Lq] int32; both positions, or neither: then the index
+    key_position            [pages, page] or [G, pages, page] int32    in the row counts
+    decay, softcap, scale   as in calibrated_attention
+
+    returns  [B, Hq, Lq, D] in query's dtype; with return_lse also the log-sum-exp of the logits
+             [B, Hq, Lq] float32. A query that sees nothing gives zeros and -inf, one that sees
+             a NaN logit gives NaN.
+    """
+    out, lse = _ops.calibrated_attention_paged(
+        query,
+        key_cache,
+        value_cache,
+        block_table,
+        seqlens,
+        log_size,
+        query_position,
+        key_position,
+        decay,
+        softcap,
+        scale,
+    )
+    return (out, lse) if return_lse else out
+
+
+@torch.library.register_fake("restore_ext::calibrated_attention_paged")
+def _(query, *_):
+    return query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=torch.float32)
+
+
 def _budget(k: int | Tensor, most: int | None, x: Tensor) -> tuple[int, Tensor | None]:
     """A budget as the schemas take it: the width of the output, and what each row may use of it."""
     if isinstance(k, Tensor):
@@ -239,3 +296,4 @@ def _refuse_gradient(op: str, instead: str) -> None:
 _refuse_gradient("score_anchors", "restore_ext.reference.score_anchors")
 _refuse_gradient("merge_tokens", "restore_ext.reference.merge_tokens")
 _refuse_gradient("calibrated_attention", 'restore_ext.attach(..., backend="mask")')
+_refuse_gradient("calibrated_attention_paged", 'restore_ext.attach(..., backend="mask")')

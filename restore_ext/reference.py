@@ -190,6 +190,51 @@ def calibrated_attention(
     return (out, lse) if return_lse else out
 
 
+def calibrated_attention_paged(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    seqlens: Tensor,
+    *,
+    log_size: Tensor | None = None,
+    query_position: Tensor | None = None,
+    key_position: Tensor | None = None,
+    decay: Tensor | None = None,
+    softcap: float = 0.0,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    pages, page = key_cache.shape[:2]
+    out, lse = torch.zeros_like(query), query.new_full(query.shape[:3], NEVER)
+    for b in range(len(query)):
+        length = min(max(int(seqlens[b]), 0), block_table.shape[1] * page)
+        index = torch.arange(length, device=query.device)
+        listed = block_table[b, index // page].long()
+        exists = (listed >= 0) & (listed < pages)
+        if not exists.any():
+            continue
+        slot = torch.where(exists, listed * page + index % page, 0)  # [length]
+        size = query.new_zeros(length) if log_size is None else log_size.flatten()[slot]
+        at_query = at_key = None
+        if query_position is not None:
+            at_query, at_key = query_position[b, None], key_position.flatten(-2)[..., slot][None]
+        rows = calibrated_attention(
+            query[b, None],
+            key_cache.flatten(0, 1)[slot].transpose(0, 1)[None],
+            value_cache.flatten(0, 1)[slot].transpose(0, 1)[None],
+            log_size=size.masked_fill(~exists, NEVER)[None],
+            query_position=at_query,
+            key_position=at_key,
+            decay=decay,
+            softcap=softcap,
+            scale=scale,
+            return_lse=True,
+        )
+        out[b], lse[b] = rows[0][0], rows[1][0]
+    return (out, lse) if return_lse else out
+
+
 def attention_bias(
     B: int,
     Lq: int,

@@ -1,4 +1,4 @@
-"""Checks a built wheel: its tag, what must ship, and an import with torch and numpy alone."""
+"""Checks a built wheel: its tags, what must ship, and an import with torch and numpy alone."""
 
 import subprocess
 import sys
@@ -18,14 +18,17 @@ import sys
 for name in ("transformers", "accelerate", "PIL", "tqdm", "safetensors"):
     sys.modules[name] = None
 import torch, restore_ext
+from restore_ext import ops
 features = torch.randn(2, 20, 8)
 assert restore_ext.reduce_tokens(features, keep=4, method="divprune").tokens.shape == (2, 4, 8)
 assert sys.argv[1] in restore_ext.__file__, restore_ext.__file__
+assert ("cuda" in ops.DEVICE_TYPES) == ("cu13" in sys.argv[2]), ops.DEVICE_TYPES
 """
 
 
 def main(path: str) -> None:
-    assert "-cp310-abi3-" in path, f"{path} must carry the tag cp310-abi3"
+    for tag in ("-cp310-abi3-", "manylinux"):
+        assert tag in path, f"{path} must carry the tag {tag}"
     with tempfile.TemporaryDirectory() as folder:
         with zipfile.ZipFile(path) as wheel:
             names = wheel.namelist()
@@ -38,6 +41,7 @@ def main(path: str) -> None:
                 "-c",
                 f"import sys; sys.path.insert(0, {folder!r})\n{CORE_ALONE}",
                 folder,
+                Path(path).name,
             ],
             check=True,
             cwd=folder,

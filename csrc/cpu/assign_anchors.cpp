@@ -1,6 +1,5 @@
 #include "../contracts/assign_anchors.h"
-
-#include <torch/csrc/stable/library.h>
+#include "../library.h"
 
 #include "rows.h"
 
@@ -53,8 +52,6 @@ Tensor assign_anchors_cpu(const Tensor& x, const Tensor& anchors,
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(restore_ext, CPU, m) {
-  m.impl("assign_anchors", TORCH_BOX(&assign_anchors_cpu));
-}
+RESTORE_EXT_CPU_BODY(assign_anchors)
 
 }  // namespace restore_ext::cpu

@@ -10,8 +10,8 @@
 // NaN      A row that sees a NaN logit is NaN; one that sees nothing is 0, its lse -inf.
 
 #include "../contracts/calibrated_attention.h"
+#include "../library.h"
 
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
@@ -382,8 +382,6 @@ std::tuple<Tensor, Tensor> calibrated_attention_cpu(Tensor query, Tensor key, Te
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(restore_ext, CPU, m) {
-  m.impl("calibrated_attention", TORCH_BOX(&calibrated_attention_cpu));
-}
+RESTORE_EXT_CPU_BODY(calibrated_attention)
 
 }  // namespace restore_ext

@@ -1,6 +1,5 @@
 #include "../contracts/match_bipartite.h"
-
-#include <torch/csrc/stable/library.h>
+#include "../library.h"
 
 #include <tuple>
 
@@ -69,8 +68,6 @@ std::tuple<Tensor, Tensor, Tensor> match_bipartite_cpu(const Tensor& metric, int
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(restore_ext, CPU, m) {
-  m.impl("match_bipartite", TORCH_BOX(&match_bipartite_cpu));
-}
+RESTORE_EXT_CPU_BODY(match_bipartite)
 
 }  // namespace restore_ext::cpu

@@ -1,6 +1,5 @@
 #include "../contracts/merge_tokens.h"
-
-#include <torch/csrc/stable/library.h>
+#include "../library.h"
 
 #include <tuple>
 
@@ -96,8 +95,6 @@ std::tuple<Tensor, Tensor, Tensor> merge_tokens_cpu(const Tensor& x, const Tenso
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(restore_ext, CPU, m) {
-  m.impl("merge_tokens", TORCH_BOX(&merge_tokens_cpu));
-}
+RESTORE_EXT_CPU_BODY(merge_tokens)
 
 }  // namespace restore_ext::cpu

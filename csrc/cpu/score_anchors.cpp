@@ -1,6 +1,5 @@
 #include "../contracts/score_anchors.h"
-
-#include <torch/csrc/stable/library.h>
+#include "../library.h"
 
 #include "anchor_scores.h"
 
@@ -25,8 +24,6 @@ Tensor score_anchors_cpu(const Tensor& x, const std::string& mode,
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(restore_ext, CPU, m) {
-  m.impl("score_anchors", TORCH_BOX(&score_anchors_cpu));
-}
+RESTORE_EXT_CPU_BODY(score_anchors)
 
 }  // namespace restore_ext::cpu

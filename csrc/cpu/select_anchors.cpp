@@ -1,6 +1,5 @@
 #include "../contracts/select_anchors.h"
-
-#include <torch/csrc/stable/library.h>
+#include "../library.h"
 
 #include "anchor_scores.h"
 
@@ -30,8 +29,6 @@ Tensor select_anchors_cpu(const Tensor& x, int64_t k, const std::optional<Tensor
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(restore_ext, CPU, m) {
-  m.impl("select_anchors", TORCH_BOX(&select_anchors_cpu));
-}
+RESTORE_EXT_CPU_BODY(select_anchors)
 
 }  // namespace restore_ext::cpu

@@ -1,6 +1,5 @@
 #include "../contracts/select_diverse.h"
-
-#include <torch/csrc/stable/library.h>
+#include "../library.h"
 
 #include "rows.h"
 
@@ -61,8 +60,6 @@ Tensor select_diverse_cpu(const Tensor& x, int64_t k, const std::optional<Tensor
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(restore_ext, CPU, m) {
-  m.impl("select_diverse", TORCH_BOX(&select_diverse_cpu));
-}
+RESTORE_EXT_CPU_BODY(select_diverse)
 
 }  // namespace restore_ext::cpu

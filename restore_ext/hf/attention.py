@@ -147,7 +147,7 @@ def only_rows(rows: Tensor, position: Tensor) -> Tensor:
 def finite(bias: Tensor, dtype: torch.dtype) -> Tensor:
     """A bias in the model's dtype, its lowest number for -inf: a row of padding sees no key, and a
     softmax over -inf alone would be NaN."""
-    return bias.clamp(min=torch.finfo(dtype).min).to(dtype)
+    return bias.to(dtype).clamp(min=torch.finfo(dtype).min)
 
 
 def require_mask_attention(name: str) -> None:

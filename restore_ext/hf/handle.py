@@ -94,7 +94,9 @@ def attach(
     decode_distance  the distance term for generated tokens too; the released code has it for the
                 prompt alone
     backend     "op": attention is ops.calibrated_attention. "mask": the model's own sdpa or eager
-                attention with an additive mask; slower, and differentiable
+                attention with an additive mask; slower, and differentiable. Where the op cannot
+                serve the model (its dtype or head size, a GPU without kernels) "op" becomes "mask",
+                with a warning that says why
     retain, anchor_mode, seed  see reduce_tokens
     enabled     see Handle
 
@@ -124,6 +126,7 @@ def attach(
         seed=seed,
     )
     checks.require_flag("enabled", enabled)
+    settings = family.fit(settings)
     family.require(settings)
     before: Handle | None = model.__dict__.get(_HANDLE)
     if before is not None:

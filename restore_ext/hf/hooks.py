@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from restore_ext import profiling
 from restore_ext.hf.attention import CALIBRATED, STATE, Calibration, NamedConfig
 from restore_ext.hf.cache import refuse_cache, restore_cache, restored
 from restore_ext.hf.compat import encodes_before_forward, image_features
@@ -222,6 +223,7 @@ class Hooks:
         )
 
     @torch.compiler.disable
+    @profiling.range("plan_keys")
     def _calibrated(
         self,
         call: Call | None,

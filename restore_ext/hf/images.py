@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from restore_ext import profiling
+from restore_ext.checks import FLOATING, why_no_kernels
 from restore_ext.hf.settings import Settings
 from restore_ext.hf.vision import Seen
 from restore_ext.reduce import reduce_tokens
@@ -46,6 +48,7 @@ def originals(rows: Sequence[Sequence[int]], copies: int) -> list[int]:
     return numbers
 
 
+@profiling.range("select_images")
 def reduce_images(
     features: Sequence[Tensor],
     seen: Seen,
@@ -104,20 +107,28 @@ def _reduce(
         while past < len(features) and (len(features[past]), budgets[past]) == alike:
             past += 1
         batch = reduce_tokens(
-            torch.stack(list(features[first:past])),
+            _stack(features[first:past]),
             keep=budgets[first],
             method=settings.method,
-            metric=None if seen.metric is None else torch.stack(seen.metric[first:past]),
-            scores=None if seen.scores is None else torch.stack(seen.scores[first:past]),
+            metric=None if seen.metric is None else _stack(seen.metric[first:past]),
+            scores=None if seen.scores is None else _stack(seen.scores[first:past]),
             restore=settings.restore,
             retain=settings.retain,
             anchor_mode=settings.anchor_mode,
             seed=settings.seed,
         )
-        reductions += [_one(batch, b) for b in range(past - first)]
+        reductions += [_one(batch, b, features[first]) for b in range(past - first)]
     return reductions
 
 
-def _one(batch: Reduction, b: int) -> Reduction:
+def _stack(images: Sequence[Tensor]) -> Tensor:
+    """As the operators have it: on the CPU, in float32, where they lack the device or the dtype."""
+    batch = torch.stack(list(images))
+    batch = batch if why_no_kernels(batch.device) is None else batch.cpu()
+    return batch if batch.dtype in FLOATING else batch.float()
+
+
+def _one(batch: Reduction, b: int, like: Tensor) -> Reduction:
     fields = (getattr(batch, field.name) for field in dataclasses.fields(batch))
-    return Reduction(*(tensor[b : b + 1] for tensor in fields))
+    one = Reduction(*(tensor[b : b + 1].to(like.device) for tensor in fields))
+    return dataclasses.replace(one, tokens=one.tokens.to(like.dtype))

@@ -155,6 +155,7 @@ def prepare_inputs(
             raise TypeError(f"{name} is no argument of {type(model).__name__}")
     if images.get("pixel_values_videos") is not None:
         raise NotImplementedError("pixel_values_videos cannot be prepared: use attach()")
+    settings = family.fit(settings)
     family.require(settings)
 
     given = {"input_ids": input_ids, "attention_mask": attention_mask, **images}

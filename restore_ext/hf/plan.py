@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from restore_ext import profiling
 from restore_ext.reduction import Reduction
 from restore_ext.rows import take
 
@@ -35,6 +36,7 @@ class SequencePlan:
         return short.masked_scatter(self.is_visual[..., None], tokens.to(short))
 
 
+@profiling.range("plan_sequence")
 def plan_sequence(
     is_image: Tensor, valid: Tensor, reductions: Sequence[Reduction], lengths: Sequence[int]
 ) -> SequencePlan:

@@ -27,7 +27,7 @@ class AttentionCase:
     sizes: bool = True
     padding: tuple[int, ...] = ()  # keys of a row that are padding, on the left; NaN lies there
     holes: bool = False  # every fifth key is padding too
-    positions: str | None = "merged"  # or "far": beyond the table on both sides of 0
+    positions: str | None = "merged"  # far: beyond the table on both sides of 0; see _positions
     axes: int = 1
     P: int = 4096  # 0: no decay
     ranges: str | None = None  # window, prefix, image, nothing, wild
@@ -80,8 +80,22 @@ class AttentionCase:
         shape = (self.B, self.axes, longest) if self.axes > 1 else (self.B, longest)
         reach = 9 if self.positions == "merged" else 3 * max(self.P, 1)
         position = torch.randint(1, reach, shape, generator=g).cumsum(-1)
+        index = torch.arange(longest)
         if self.positions == "far":
             position = position - position[..., -1:] // 2
+        elif self.positions == "runs":  # text around what was merged
+            merged = (index > longest // 3) & (index < longest - 70)
+            position = torch.where(merged, position.diff(dim=-1, prepend=position[..., :1]), 1)
+            position = position.cumsum(-1)
+        elif self.positions == "shuffled":
+            position = position[..., torch.randperm(longest, generator=g)]
+        elif self.positions == "mrope":  # text, an image of 11 columns, text; three axes
+            first, past = longest // 3, longest - longest // 4
+            patch = index - first
+            grid = torch.stack([patch.new_zeros(longest), patch // 11, patch % 11]) + first
+            after = first + max((past - first) // 11, 11) + 1 + index - past
+            position = torch.where(index < first, index, torch.where(index < past, grid, after))
+            position = position.expand(shape)
         position = position.int()
         at_query, at_key = (position[..., longest - L :].contiguous() for L in (self.Lq, self.Lk))
         return at_query, at_key
@@ -145,6 +159,25 @@ CASES = [
     AttentionCase(Lq=90, Lk=90, D=64, softcap=5.0),
     AttentionCase(Lq=90, Lk=90, D=64, scale=0.5),
     AttentionCase(Lq=90, Lk=90, D=64, scale=-1.0, P=0, positions=None, sizes=False),
+]
+# Where the CUDA kernels change their ways: head sizes, the distances of a tile, what it masks.
+KERNEL_CASES = [
+    AttentionCase(Hq=2, Hkv=2, Lq=300, Lk=300, D=64, positions="runs"),
+    AttentionCase(Hq=2, Hkv=1, Lq=150, Lk=340, D=96, positions="runs", padding=(70,)),
+    AttentionCase(Hq=2, Hkv=2, Lq=130, Lk=200, D=128, positions="shuffled", causal=False),
+    AttentionCase(Hq=2, Hkv=2, Lq=130, Lk=130, D=96, positions=None, sizes=False, P=16),
+    AttentionCase(Hq=2, Hkv=2, Lq=130, Lk=130, D=96, positions=None, sizes=False, P=0),
+    AttentionCase(B=2, Hq=4, Hkv=2, Lq=260, Lk=260, D=64, axes=3, P=512, positions="mrope"),
+    AttentionCase(Hq=2, Hkv=2, Lq=150, Lk=150, D=64, axes=3, P=512, positions="far"),
+    AttentionCase(Hq=2, Hkv=2, Lq=150, Lk=150, D=64, axes=5, P=64),
+    AttentionCase(Hq=2, Hkv=2, Lq=150, Lk=200, D=64, positions="far", P=4096),
+    AttentionCase(Hq=1, Hkv=1, Lq=40, Lk=3000, D=64, positions="runs", causal=False),
+    AttentionCase(Hq=2, Hkv=2, Lq=200, Lk=200, D=64, ranges="window", padding=(100,)),
+    AttentionCase(Hq=2, Hkv=2, Lq=200, Lk=200, D=64, ranges="wild", holes=True, softcap=5.0),
+    AttentionCase(Hq=2, Hkv=2, Lq=70, Lk=70, D=96, ranges="nothing"),
+    AttentionCase(Hq=2, Hkv=2, Lq=100, Lk=100, D=64, scale=-0.1, sizes=False, P=0),
+    AttentionCase(Hq=6, Hkv=2, Lq=5, Lk=300, D=128, positions="runs"),
+    AttentionCase(Hq=2, Hkv=2, Lq=7, Lk=0, D=64),
 ]
 
 

@@ -1,5 +1,7 @@
 """What the hook asks of a family of models."""
 
+import dataclasses
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -7,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from restore_ext import checks
+from restore_ext import checks, profiling
 from restore_ext.hf.attention import PREPARED, require_mask_attention
 from restore_ext.hf.patches import Patches
 from restore_ext.hf.settings import Settings
@@ -62,10 +64,25 @@ class Family(ABC):
         token = torch.tensor(self.image_token, device=embeds.device)
         return (embeds == self.inner.get_input_embeddings()(token)).all(-1)
 
+    def fit(self, settings: Settings) -> Settings:
+        """The settings as this model can have them: attention by a mask, and a warning that says
+        why, where the op cannot serve it."""
+        reason = self._why_no_op() if settings.backend == "op" else None
+        if reason is None:
+            return settings
+        warnings.warn(f"backend='op' falls back to backend='mask': {reason}", stacklevel=3)
+        return dataclasses.replace(settings, backend="mask")
+
+    def _why_no_op(self) -> str | None:
+        if self.lm.dtype not in checks.FLOATING:
+            return f"the op needs float32, bfloat16 or float16, the model is in {self.lm.dtype}"
+        if self._head_size not in OP_HEAD_SIZES:
+            return f"the op needs a head size of 32 to 256 in steps of 8, got {self._head_size}"
+        devices = dict.fromkeys(parameter.device for parameter in self.model.parameters())
+        return next(filter(None, map(checks.why_no_kernels, devices)), None)
+
     def require(self, settings: Settings) -> None:
         """Raises for a model the hook cannot serve with these settings."""
-        for parameter in self.model.parameters():
-            checks.require_kernels("model", parameter.device)
         config = self.lm.config
         kinds = getattr(config, "layer_types", None) or []
         windowed = getattr(config, "sliding_window", None) is not None
@@ -84,11 +101,6 @@ class Family(ABC):
                     "model: the distance term needs the same RoPE in every layer, got a "
                     f"{type(self.lm).__name__} whose layers differ in theirs; use calibrate='size'"
                 ) from error
-        if settings.backend == "op" and self._head_size not in OP_HEAD_SIZES:
-            raise ValueError(
-                "backend='op' needs a head size of 32 to 256 in steps of 8, got "
-                f"{self._head_size}; use backend='mask'"
-            )
         if settings.backend == "mask":
             require_mask_attention(config._attn_implementation)
         self.require_free()
@@ -111,6 +123,7 @@ class Family(ABC):
     def scores(self, record: Record, tokens: Sequence[int], inputs: dict[str, Any]) -> Tensor:
         """Scores [sum of tokens] from a record; inputs are those of get_image_features()."""
 
+    @profiling.range("score_images")
     def seen(self, record: Record, features: Sequence[Tensor], inputs: dict[str, Any]) -> Seen:
         """What a record says of the features that get_image_features(**inputs) returned."""
         tokens = [len(image) for image in features]

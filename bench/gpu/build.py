@@ -1,0 +1,86 @@
+"""Makes sure that restore_ext._C has every operator for the GPU at hand; builds it if not.
+
+    python -m bench.gpu.build [--rehearse]
+
+A library built elsewhere (RESTORE_EXT_CUDA=1 python setup.py build_ext --inplace --force, no GPU
+needed) is used as it is: it runs under any torch from 2.11 on.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from bench.machine import ROOT
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu.build", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--look", metavar="ARCH", help="say what the library lacks, and no more")
+    parser.add_argument("--rehearse", action="store_true", help="the CPU operators; builds nothing")
+    a = parser.parse_args(argv)
+    if a.look is not None or a.rehearse:
+        why = lack(a.look or "")
+        sys.exit(why or 0)
+    arch = this_arch()
+    if why := asked(arch):
+        print(f"{why}: building for {arch}", flush=True)
+        build(arch)
+        why = asked(arch)
+    print(why or f"the library has every operator for {arch}")
+    sys.exit(1 if why else 0)
+
+
+def this_arch() -> str:
+    """As TORCH_CUDA_ARCH_LIST has it; from Hopper on with the instructions of that chip alone."""
+    major, minor = torch.cuda.get_device_capability()
+    return f"{major}.{minor}" + ("a" if major in (9, 10) else "")
+
+
+def asked(arch: str) -> str:
+    """`lack` in another process: one that has loaded a library does not load it anew."""
+    command = [sys.executable, "-m", "bench.gpu.build", "--look", arch]
+    answer = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    said = answer.stderr.strip().splitlines()
+    return (said or ["it failed"])[-1] if answer.returncode else ""
+
+
+def lack(arch: str) -> str:
+    """What the library lacks for that architecture ("" asks for the CPU); "" if nothing."""
+    from restore_ext import _C, ops  # noqa: F401
+
+    has, key = torch._C._dispatch_has_kernel_for_dispatch_key, "CUDA" if arch else "CPU"
+    without = [op for op in operators() if not has(f"restore_ext::{op}", key)]
+    if without:
+        return f"no {key} kernel for {', '.join(without)}"
+    built = _C.cuda_archs.replace(";", " ").split()
+    if arch and not any(runs(b, arch) for b in built):
+        return f"the library was built for {_C.cuda_archs}, not for {arch}"
+    return ""
+
+
+def operators() -> list[str]:
+    return re.findall(r'"(\w+)\(', (ROOT / "csrc/schema.cpp").read_text())
+
+
+def runs(built: str, arch: str) -> bool:
+    """Machine code runs on its major version from its minor on; with an `a`, there alone."""
+    if built.endswith("a"):
+        return built.rstrip("a") == arch.rstrip("a")
+    (a, b), (major, minor) = built.split("."), arch.rstrip("a").split(".")
+    return a == major and int(b) <= int(minor)
+
+
+def build(arch: str) -> None:
+    command = [sys.executable, "setup.py", "build_ext", "--inplace", "--force"]
+    environment = os.environ | {"RESTORE_EXT_CUDA": "1", "TORCH_CUDA_ARCH_LIST": arch}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""What a number was measured on and with: the machine, its driver, the commit, the sources."""
+
+import hashlib
+import os
+import platform
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = ("csrc", "restore_ext", "bench", "python_tests", "tools", "setup.py")
+KINDS = (".cpp", ".h", ".cu", ".cuh", ".py", ".sh", ".so")
+
+
+def machine(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    facts = Path("/proc/cpuinfo")
+    lines = facts.read_text().splitlines() if facts.exists() else []
+    models = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.machine())
+
+
+def file_name(device: str) -> str:
+    return "_".join(machine(device).split())
+
+
+@cache
+def driver() -> str:
+    """The version of the GPU's driver; empty without one."""
+    return first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+
+
+def clocks() -> str:
+    """How fast the GPU runs by now, and how warm it is. Nobody sets them: they are read."""
+    asked = "clocks.sm,clocks.mem,temperature.gpu,power.draw"
+    return first_line("nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader")
+
+
+@cache
+def commit() -> str:
+    """RESTORE_EXT_COMMIT says it where the sources were copied to a machine without their .git."""
+    said = os.environ.get("RESTORE_EXT_COMMIT")
+    return said or first_line("git", "describe", "--always", "--dirty") or "unknown"
+
+
+@cache
+def source() -> str:
+    """A digest of all that a result depends on, the library too: a commit may be dirty."""
+    files = [ROOT / name for name in SOURCES if (ROOT / name).is_file()]
+    for folder in SOURCES:
+        files += [p for p in (ROOT / folder).rglob("*") if p.suffix in KINDS and p.is_file()]
+    return digest(files)
+
+
+def digest(files: list[Path]) -> str:
+    total = hashlib.sha256()
+    for file in sorted(files):
+        total.update(f"{file.relative_to(ROOT)}\n".encode())
+        total.update(file.read_bytes())
+    return total.hexdigest()[:12]
+
+
+def first_line(*command: str) -> str:
+    """What a program says first; empty if it is not there or fails."""
+    try:
+        run = subprocess.run(
+            command, capture_output=True, text=True, check=True, cwd=ROOT, timeout=60
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return run.stdout.strip().partition("\n")[0]
+
+
+def kernels() -> dict[str, str]:
+    """Every file of kernels, with a digest of it and of the headers that any may include."""
+    cuda = ROOT / "csrc/cuda"
+    shared = [*cuda.glob("*.cuh"), *cuda.glob("*.h")]
+    return {file.stem: digest([file, *shared]) for file in sorted(cuda.glob("*_kernel.cu"))}
