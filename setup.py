@@ -49,7 +49,7 @@ def gencode(kernel: Path) -> str:
 
 def compile_kernels() -> list[str]:
     """Objects of all kernels, those that changed compiled anew."""
-    flags = "-O3 -std=c++17 -lineinfo -Xcompiler=-fPIC,-fvisibility=hidden"
+    flags = "-O3 -std=c++17 -lineinfo -compress-mode=size -Xcompiler=-fPIC,-fvisibility=hidden"
     lines = [
         "builddir = build/cuda",
         "rule nvcc",

@@ -3,17 +3,8 @@
 // dispatcher.
 #include <Python.h>
 
+#include "cpu/kernels.h"
 #include "nvtx.h"
-
-#if defined(__AVX512F__)
-#define RESTORE_EXT_CPU "avx512f"
-#elif defined(__AVX2__)
-#define RESTORE_EXT_CPU "avx2"
-#elif defined(__SSE2__)
-#define RESTORE_EXT_CPU "generic x86-64 (SSE2)"
-#else
-#define RESTORE_EXT_CPU "generic"
-#endif
 
 static PyObject* range_push(PyObject*, PyObject* name) {
   const char* text = PyUnicode_AsUTF8AndSize(name, nullptr);
@@ -39,7 +30,7 @@ PyMODINIT_FUNC PyInit__C() {
   if (module == nullptr) return nullptr;
   if (PyModule_AddStringConstant(module, "compiler", __VERSION__) < 0 ||
       PyModule_AddStringConstant(module, "torch_target", RESTORE_EXT_TORCH_TARGET) < 0 ||
-      PyModule_AddStringConstant(module, "cpu", RESTORE_EXT_CPU) < 0 ||
+      PyModule_AddStringConstant(module, "cpu_levels", restore_ext::cpu::levels()) < 0 ||
       PyModule_AddStringConstant(module, "cuda_archs", RESTORE_EXT_CUDA_ARCHS) < 0 ||
       PyModule_AddIntConstant(module, "nvtx", restore_ext::nvtx::built_in()) < 0) {
     Py_DECREF(module);

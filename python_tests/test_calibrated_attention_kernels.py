@@ -80,15 +80,26 @@ def test_reads_no_key_before_or_past_what_is_seen(forced, device):
     assert_within_twice_sdpa(forced(given), short)
 
 
-def test_counts_distances_past_2_to_the_31(forced, device):
+@pytest.mark.parametrize("ends", [True, False])
+def test_counts_distances_past_2_to_the_31(ends, forced, device):
     case = AttentionCase(B=2, Hq=4, Hkv=2, Lq=90, Lk=130, D=64, P=64, causal=False)
     given = case.arguments(device, torch.bfloat16)
-    ends = torch.tensor([-(2**31), 2**31 - 1, -1, 3, 2**31 - 4, -(2**31) + 9], dtype=torch.int32)
+    far = torch.tensor([-(2**31), 2**31 - 1, -1, 3, 2**31 - 4, -(2**31) + 9], dtype=torch.int32)
     for name, L in (("query_position", 90), ("key_position", 130)):
-        near = torch.arange(L - 70, dtype=torch.int32) - 2**31 + 5  # a run where shifts wrap around
-        given[name] = torch.cat([ends.repeat(12)[:70], near]).expand(2, -1).to(device)
+        # Without the ends it is a run whose first position, were there a key, would wrap around.
+        near = torch.arange(-40, L - 40, dtype=torch.int32).clamp(min=0) - 2**31 + 5
+        given[name] = torch.cat([far.repeat(12)[:70], near[70:]]) if ends else near
+        given[name] = given[name].expand(2, -1).to(device)
+    given["log_size"][:, :40] = NEVER
     wide = given | {n: given[n].long() for n in ("query_position", "key_position")}
     assert_within_twice_sdpa(forced(given), wide)
+
+
+def test_keys_and_values_may_lie_differently(forced, device):
+    case = AttentionCase(B=2, Hq=4, Hkv=2, Lq=70, Lk=140, D=64)
+    given = case.arguments(device, torch.bfloat16)
+    across = given["value"].transpose(1, 2).contiguous().transpose(1, 2)
+    testing.assert_same_bits(forced(given | {"value": across}), forced(given))
 
 
 def test_reads_positions_with_and_without_axes(forced, device):

@@ -57,9 +57,11 @@ def test_modes_look_at_opposite_rivals(device):
         torch.testing.assert_close(ops.score_anchors(x, mode=mode)[0].cpu(), expected)
 
 
+@pytest.mark.parametrize("N", [29, 200])
 @pytest.mark.parametrize("mode", MODES)
-def test_valid_means_the_row_without_the_rest(mode, device):
-    x, valid = SMALL.x(device), TokenCase(B=3, N=29, ragged=True).valid(device)
+def test_valid_means_the_row_without_the_rest(mode, N, device):
+    case = TokenCase(B=3, N=N, C=24, ragged=True)
+    x, valid = case.x(device), case.valid(device)
     got = ops.score_anchors(x, mode=mode, valid=valid)
     for b in range(len(x)):
         alone = ops.score_anchors(x[b : b + 1, valid[b]], mode=mode)[0]

@@ -2,7 +2,7 @@
 
 compiler: str
 torch_target: str
-cpu: str
+cpu_levels: str
 cuda_archs: str
 nvtx: int
 

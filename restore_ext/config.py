@@ -1,5 +1,6 @@
 """Facts about this build and this machine, for bug reports."""
 
+import os
 import platform
 
 import torch
@@ -19,7 +20,7 @@ def show_config() -> None:
         "torch": f"{torch.__version__} (CUDA {torch.version.cuda or 'no'})",
         "Python": platform.python_version(),
         "CPU": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "CPU features in use": _C.cpu,
+        "CPU features in use": os.environ.get("RESTORE_EXT_CPU") or _C.cpu_levels.split()[-1],
         "CPU offers": torch.backends.cpu.get_cpu_capability(),
         "GPU": gpu,
     }

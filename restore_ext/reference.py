@@ -217,7 +217,7 @@ def calibrated_attention_paged(
         slot = torch.where(exists, listed * page + index % page, 0)  # [length]
         size = query.new_zeros(length) if log_size is None else log_size.flatten()[slot]
         at_query = at_key = None
-        if query_position is not None:
+        if query_position is not None and key_position is not None:
             at_query, at_key = query_position[b, None], key_position.flatten(-2)[..., slot][None]
         rows = calibrated_attention(
             query[b, None],

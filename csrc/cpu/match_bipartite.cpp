@@ -3,7 +3,7 @@
 
 #include <tuple>
 
-#include "rows.h"
+#include "similarity.h"
 
 namespace restore_ext::cpu {
 namespace {
@@ -17,12 +17,16 @@ struct Matching {
 Matching match(const UnitRows& rows) {
   const int64_t evens = (rows.n + 1) / 2;
   Matching matching{std::vector<float>(evens, kNever), std::vector<int64_t>(evens, 1)};
-  each(evens, rows.n / 2 * rows.C, [&](int64_t even) {
-    for (int64_t odd = 1; odd < rows.n; odd += 2) {
-      const float similarity = rows.similarity(2 * even, odd);
-      if (similarity > matching.similarity[even]) {
-        matching.similarity[even] = similarity;
-        matching.partner[even] = odd;
+  const Slice even{rows, 0, 2, evens}, odd{rows, 1, 2, rows.n / 2};
+  similarities(even, Columns(odd), /*upper=*/false, [&](const Tile& tile) {
+    for (int64_t i = tile.rows.first; i < tile.rows.past; ++i) {
+      if (!rows.comparable[even.row(i)]) continue;
+      const float* similarity = tile.row(i);
+      for (int64_t j = tile.columns.first; j < tile.columns.past; ++j) {
+        if (similarity[j] > matching.similarity[i] && rows.comparable[odd.row(j)]) {
+          matching.similarity[i] = similarity[j];
+          matching.partner[i] = odd.row(j);
+        }
       }
     }
   });

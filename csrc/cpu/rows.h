@@ -16,12 +16,12 @@
 #include <optional>
 #include <vector>
 
+#include "kernels.h"
+
 namespace restore_ext::cpu {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-inline constexpr float kNever = -std::numeric_limits<float>::infinity();
 
 // How many pieces of work, counted in multiplications, are worth waking a thread for.
 inline int64_t grain(int64_t work_of_one) {

@@ -1,7 +1,7 @@
 #include "../contracts/select_diverse.h"
 #include "../library.h"
 
-#include "rows.h"
+#include "similarity.h"
 
 namespace restore_ext::cpu {
 namespace {
@@ -10,20 +10,13 @@ constexpr float kFarthest = std::numeric_limits<float>::infinity();
 // Ranks below every distance: a row that cannot be compared comes last, a picked one never.
 constexpr float kLast = -1.f, kPicked = -2.f;
 
-// How far each row is from its nearest neighbour.
-std::vector<float> nearest_neighbour(const UnitRows& rows) {
-  std::vector<float> reach(rows.n, kFarthest);
-  each(rows.n, rows.n * rows.C, [&](int64_t i) {
-    for (int64_t j = 0; j < rows.n; ++j) {
-      if (j != i) reach[i] = std::min(reach[i], 1 - rows.similarity(i, j));
-    }
-  });
-  return reach;
-}
+// Once a row is picked the others are compared with it this many at a time.
+constexpr int64_t kSome = 64;
 
 void pick_diverse(const UnitRows& rows, int64_t k, int64_t* out) {
   // [n] distance to the nearest picked row; before the first pick, to the nearest neighbour.
-  std::vector<float> reach = nearest_neighbour(rows);
+  std::vector<float> reach = nearest(rows, [](int64_t, int64_t) { return true; });
+  for (float& x : reach) x = 1 - x;
   std::vector<uint8_t> picked(rows.n);
   for (int64_t t = 0; t < k; ++t) {
     int64_t pick = 0;
@@ -35,8 +28,14 @@ void pick_diverse(const UnitRows& rows, int64_t k, int64_t* out) {
     out[t] = rows.token[pick];
     picked[pick] = true;
     if (t == 0) reach.assign(rows.n, kFarthest);
-    each(rows.n, rows.C, [&](int64_t i) {
-      if (!picked[i]) reach[i] = std::min(reach[i], 1 - rows.similarity(i, pick));
+    if (!rows.comparable[pick]) continue;  // it is near to nothing
+    each(ceil_div(rows.n, kSome), kSome * rows.C, [&](int64_t n) {
+      const int64_t first = n * kSome, some = std::min(kSome, rows.n - first);
+      float similarity[kSome];
+      kernels().dot_rows(rows[pick], rows[first], rows.C, some, rows.C, similarity);
+      for (int64_t i = 0; i < some; ++i) {
+        reach[first + i] = std::min(reach[first + i], 1 - similarity[i]);
+      }
     });
   }
 }

@@ -71,7 +71,7 @@ struct TwoLines {
   }
 };
 
-struct Lines {
+struct alignas(16) Lines {  // positions and what follows them are read in pairs
   int position[kAxes][kTileLines];
   LineNote note;
 };
@@ -213,8 +213,8 @@ __device__ __forceinline__ int strip_index(int at_query, int at_key, int64_t low
                           static_cast<uint32_t>(low));
 }
 
-// The same for decays that take a calculation: rho(n, e) of x[n][e]. In loops that are unrolled once
-// or kUnroll times, for the sake of registers; what they found waits in shared memory.
+// The same for decays that take a calculation: rho(n, e) of x[n][e]. In loops that are unrolled
+// once or kUnroll times, for the sake of registers; what they found waits in shared memory.
 template <int kUnroll, class Rho>
 __device__ __forceinline__ void add_pairs(float (&x)[kTileLines / 8][4], float factor,
                                           float4 (*pair)[kTileThreads], const Rho& rho) {

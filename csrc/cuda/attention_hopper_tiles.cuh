@@ -23,9 +23,8 @@ struct Barriers {
 };
 
 __device__ __forceinline__ int parity(int t) { return t / kStages & 1; }
-__device__ __forceinline__ int freed(int t) {
-  return parity(t) ^ 1;
-}  // of what held the stage before
+// Of what held the stage before.
+__device__ __forceinline__ int freed(int t) { return parity(t) ^ 1; }
 
 // The keys that some query of the block sees.
 template <typename S, typename P>
@@ -84,13 +83,23 @@ __device__ void fetch_tiles(const S& shared, const Maps& maps, int64_t b, int he
       tma_load(to + c * rows * 2, map, barrier, c, at_row, at_head, static_cast<int>(b));
     }
   };
-  fetch(shared.query(), &maps.query, barriers.query(), Sizes::kRows, row, head);
-  for (int t = 0; t < tiles; ++t) {
-    const int stage = t % kStages, key = first_key + t * Sizes::kKeys;
+  const auto fetch_key = [&](int t) {
+    const int stage = t % kStages;
     if (t >= kStages) mbar_wait(barriers.key_free(stage), freed(t));
-    fetch(shared.key(stage), &maps.key, barriers.key(stage), Sizes::kKeys, key, key_head);
+    fetch(shared.key(stage), &maps.key, barriers.key(stage), Sizes::kKeys,
+          first_key + t * Sizes::kKeys, key_head);
+  };
+  const auto fetch_value = [&](int t) {
+    const int stage = t % kStages;
     if (t >= kStages) mbar_wait(barriers.value_free(stage), freed(t));
-    fetch(shared.value(stage), &maps.value, barriers.value(stage), Sizes::kKeys, key, key_head);
+    fetch(shared.value(stage), &maps.value, barriers.value(stage), Sizes::kKeys,
+          first_key + t * Sizes::kKeys, key_head);
+  };
+  fetch(shared.query(), &maps.query, barriers.query(), Sizes::kRows, row, head);
+  fetch_key(0);
+  for (int t = 0; t < tiles; ++t) {
+    if (t + 1 < tiles) fetch_key(t + 1);  // its stage is free before that of the values
+    fetch_value(t);
   }
 }
 

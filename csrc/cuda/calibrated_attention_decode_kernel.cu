@@ -127,13 +127,14 @@ __device__ void add_keys(const CalibratedAttentionDecodeParams<T>& p, const Deco
                          const Stage<T, D>& stage, int first, int lane, Rows<D>& rows) {
   constexpr int kPitch = Stage<T, D>::kPitch;
   const int tile = lane / 8, tile_row = lane % 8;  // whose address this lane gives to ldmatrix
-  float logit[2][4] = {};                          // [8 keys each][row, pair of keys]
+  float logit[2][4] = {}, other[2][4] = {};        // [8 keys each][row, pair of keys]
 #pragma unroll
   for (int k = 0; k < D / 16; ++k) {
     uint32_t key[4];
     ldmatrix_x4(key, stage.key + (tile / 2 * 8 + tile_row) * kPitch + k * 16 + tile % 2 * 8);
-    mma_m16n8k16<T>(logit[0], rows.query[k], key[0], key[1]);
-    mma_m16n8k16<T>(logit[1], rows.query[k], key[2], key[3]);
+    auto& sums = k % 2 ? other : logit;  // two short sums: less to wait for, less to round
+    mma_m16n8k16<T>(sums[0], rows.query[k], key[0], key[1]);
+    mma_m16n8k16<T>(sums[1], rows.query[k], key[2], key[3]);
   }
 
   float most[2] = {rows.most[0], rows.most[1]};
@@ -144,7 +145,8 @@ __device__ void add_keys(const CalibratedAttentionDecodeParams<T>& p, const Deco
       const int x = e / 2, column = n * 8 + lane % 4 * 2 + e % 2, j = first + column;
       const bool seen = j >= rows.seen[x].first && j < rows.seen[x].past;
       const float bias = seen ? stage.log2_size[column] : kNever;
-      logit[n][e] = logit_of(p, work, rows.query_index[x], j, logit[n][e], bias);
+      const float product = logit[n][e] + other[n][e];
+      logit[n][e] = logit_of(p, work, rows.query_index[x], j, product, bias);
       most[x] = fmaxf(most[x], logit[n][e]);
     }
   }

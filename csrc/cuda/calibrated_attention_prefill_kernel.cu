@@ -21,7 +21,7 @@ namespace {
 constexpr int kWarpRows = 16, kRing = 3;
 
 struct Columns : Lines {
-  float log2_size[kTileLines];
+  alignas(16) float log2_size[kTileLines];
   int has_size;  // some are not 0
 };
 

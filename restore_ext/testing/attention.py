@@ -78,7 +78,7 @@ class AttentionCase:
             return None, None
         longest = max(self.Lq, self.Lk)
         shape = (self.B, self.axes, longest) if self.axes > 1 else (self.B, longest)
-        reach = 9 if self.positions == "merged" else 3 * max(self.P, 1)
+        reach = 3 * max(self.P, 1) if self.positions == "far" else 9
         position = torch.randint(1, reach, shape, generator=g).cumsum(-1)
         index = torch.arange(longest)
         if self.positions == "far":
@@ -96,6 +96,9 @@ class AttentionCase:
             after = first + max((past - first) // 11, 11) + 1 + index - past
             position = torch.where(index < first, index, torch.where(index < past, grid, after))
             position = position.expand(shape)
+        elif self.positions == "apart":  # the axes ascend alike, but part half way
+            axis = torch.arange(self.axes)[:, None]
+            position = (index + 7 * axis * (index > longest // 2)).expand(shape)
         position = position.int()
         at_query, at_key = (position[..., longest - L :].contiguous() for L in (self.Lq, self.Lk))
         return at_query, at_key
@@ -169,6 +172,7 @@ KERNEL_CASES = [
     AttentionCase(Hq=2, Hkv=2, Lq=130, Lk=130, D=96, positions=None, sizes=False, P=0),
     AttentionCase(B=2, Hq=4, Hkv=2, Lq=260, Lk=260, D=64, axes=3, P=512, positions="mrope"),
     AttentionCase(Hq=2, Hkv=2, Lq=150, Lk=150, D=64, axes=3, P=512, positions="far"),
+    AttentionCase(Hq=2, Hkv=2, Lq=60, Lk=255, D=64, axes=3, P=64, positions="apart"),
     AttentionCase(Hq=2, Hkv=2, Lq=150, Lk=150, D=64, axes=5, P=64),
     AttentionCase(Hq=2, Hkv=2, Lq=150, Lk=200, D=64, positions="far", P=4096),
     AttentionCase(Hq=1, Hkv=1, Lq=40, Lk=3000, D=64, positions="runs", causal=False),

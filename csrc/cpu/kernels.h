@@ -1,0 +1,97 @@
+// The inner loops of the CPU operators, once for every level of instructions a processor may have.
+// Each level is a translation unit (level_<name>.cpp) that compiles kernels_body.h with its own
+// vectors; the best one the processor runs is picked when the library is loaded.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+namespace restore_ext::cpu {
+
+inline constexpr float kNever = -std::numeric_limits<float>::infinity();
+
+struct Range {
+  int64_t first, past;
+
+  bool empty() const { return first >= past; }
+  Range hull(Range other) const {
+    if (other.empty()) return *this;
+    if (empty()) return other;
+    return {std::min(first, other.first), std::max(past, other.past)};
+  }
+  Range within(Range other) const {
+    return {std::max(first, other.first), std::min(past, other.past)};
+  }
+};
+
+inline constexpr int kRows = 6;      // of a register tile, at every level
+inline constexpr int kQueries = 48;  // of one attention task
+inline constexpr int kKeys = 64;     // of one attention block
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// One head's queries of one task against a stretch of keys.
+struct AttendTask {
+  int64_t D, Dp;       // head size, and rounded up to whole vectors
+  const float* query;  // [kQueries, D]
+  const float* key;    // [blocks, kKeys / panel, D, panel]
+  const float* value;  // [blocks * kKeys, Dp]
+  const float* bias;   // [kQueries, bias_stride]; -inf: unseen
+  int64_t bias_stride;
+  const Range* seen;  // [kQueries]
+  Range hull;         // of `seen`
+  float scale, softcap;
+  float* out;        // [kQueries, Dp]
+  float *max, *sum;  // [kQueries]
+};
+
+// Some queries of one key head against a stretch of keys, read where they lie.
+struct DecodeTask {
+  int64_t rows, keys, D, Dp;
+  const float* query;        // [rows, D]
+  const float *key, *value;  // [keys, D] with the strides below
+  int64_t key_stride, value_stride;
+  const float* bias;  // [rows, bias_stride]
+  int64_t bias_stride;
+  float scale, softcap;
+  float* out;        // [rows, Dp]
+  float *max, *sum;  // [rows]
+};
+
+struct Kernels {
+  const char* name;
+  int lanes, panel;
+
+  // Transposes up to kKeys rows of D floats into panels; what is beyond `rows` becomes zeros.
+  void (*pack)(const float* row, int64_t stride, int64_t rows, int64_t D, float* packed);
+  // Rows of 16-bit floats, as float32.
+  void (*from_half)(const uint16_t* from, float* to, int64_t count);
+  void (*from_bfloat16)(const uint16_t* from, float* to, int64_t count);
+  // Transposes up to `panel` rows of D floats into one panel, zeros beyond them.
+  void (*pack_panel)(const float* row, int64_t stride, int64_t rows, int64_t D, float* packed);
+  // c[kRows, panel] = a[kRows, inner] . b[inner, panel], or added to what c holds.
+  void (*multiply)(const float* a, int64_t a_stride, const float* b, int64_t inner, float* c,
+                   int64_t c_stride, bool add);
+  // The dot products of one vector with each of some rows of D floats.
+  void (*dot_rows)(const float* x, const float* row, int64_t stride, int64_t rows, int64_t D,
+                   float* out);
+  void (*attend)(const AttendTask& task);
+  void (*decode)(const DecodeTask& task);
+};
+
+extern const Kernels kernels_generic;
+#if defined(__x86_64__)
+extern const Kernels kernels_avx2;
+#endif
+
+// The level in use: the best there is, or the one that RESTORE_EXT_CPU names.
+const Kernels& kernels();
+
+// The names of all levels this processor runs, the best one last.
+const char* levels();
+
+}  // namespace restore_ext::cpu

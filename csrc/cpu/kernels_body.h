@@ -1,0 +1,251 @@
+// Compiled once a level, after its vectors: Floats, kLanes, kVectors (of a register tile), fma,
+// broadcast, load, store. No include guard: every level_<name>.cpp takes it into its own namespace.
+
+constexpr int kPanel = kLanes * kVectors;
+
+// exp(x) for x <= 0, to about an ulp; NaN stays NaN.
+inline Floats exp_of_negative(Floats x) {
+  constexpr float kRound = 12582912.f;  // 1.5 * 2^23: what is added to it is rounded to an integer
+  const Floats shifted = fma(x, broadcast(1.44269504f), broadcast(kRound));
+  const Floats n = shifted - kRound;
+  // x - n log 2, in two exact steps.
+  const Floats r = fma(n, broadcast(-1.42860682e-6f), fma(n, broadcast(-0x1.62e4p-1f), x));
+  Floats y = fma(r, broadcast(1.f / 5040), broadcast(1.f / 720));  // exp's series, |r| <= 0.35
+  y = fma(y, r, broadcast(1.f / 120));
+  y = fma(y, r, broadcast(1.f / 24));
+  y = fma(y, r, broadcast(1.f / 6));
+  y = fma(y, r, broadcast(1.f / 2));
+  y = fma(fma(y, r, broadcast(1.f)), r, broadcast(1.f));
+  const Floats power = reinterpret_cast<Floats>((reinterpret_cast<Bits>(shifted) + 127) << 23);
+  return x < -87.f ? Floats{} : y * power;  // power is 2^n
+}
+
+inline float largest(Floats x) {
+  float most = x[0];
+  for (int i = 1; i < kLanes; ++i) most = x[i] > most ? x[i] : most;
+  return most;
+}
+
+inline float total(Floats x) {
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) x[i] += x[i + width];
+  }
+  return x[0];
+}
+
+// c[rows, vectors] (+)= a[kRows, inner] . b[inner, vectors]. Short sums of sums: the rounding error
+// grows with the longer of the two, not with their product.
+template <int rows, int vectors>
+inline void tile(const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c,
+                 int64_t c_stride, int64_t inner, bool add) {
+  constexpr int64_t kTerms = 64;
+  for (int64_t first = 0; first == 0 || first < inner; first += kTerms) {
+    // Every loop over rows and vectors is unrolled: only then are the sums registers.
+    Floats sum[rows][vectors];
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 8
+      for (int v = 0; v < vectors; ++v) sum[r][v] = Floats{};
+    }
+    const int64_t past = std::min(first + kTerms, inner);
+    for (int64_t i = first; i < past; ++i) {
+      Floats row[vectors];
+#pragma GCC unroll 8
+      for (int v = 0; v < vectors; ++v) row[v] = load(b + i * b_stride + v * kLanes);
+#pragma GCC unroll 8
+      for (int r = 0; r < rows; ++r) {
+        const Floats x = broadcast(a[r * a_stride + i]);
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; ++v) sum[r][v] = fma(x, row[v], sum[r][v]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 8
+      for (int v = 0; v < vectors; ++v) {
+        float* at = c + r * c_stride + v * kLanes;
+        store(at, add || first > 0 ? load(at) + sum[r][v] : sum[r][v]);
+      }
+    }
+  }
+}
+
+// The same for any number of columns in whole vectors, added to what c holds.
+template <int rows, int vectors>
+inline void tiles(const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c,
+                  int64_t c_stride, int64_t inner, int64_t columns) {
+  int64_t column = 0;
+  for (; column + vectors * kLanes <= columns; column += vectors * kLanes) {
+    tile<rows, vectors>(a, a_stride, b + column, b_stride, c + column, c_stride, inner, true);
+  }
+  for (; column < columns; column += kLanes) {
+    tile<rows, 1>(a, a_stride, b + column, b_stride, c + column, c_stride, inner, true);
+  }
+}
+
+void pack_panel(const float* row, int64_t stride, int64_t rows, int64_t D, float* packed) {
+  for (int64_t d = 0; d < D; ++d) {
+    float* line = packed + d * kPanel;
+    for (int64_t j = 0; j < rows; ++j) line[j] = row[j * stride + d];
+    std::fill(line + rows, line + kPanel, 0.f);
+  }
+}
+
+void pack(const float* row, int64_t stride, int64_t rows, int64_t D, float* packed) {
+  for (int64_t first = 0; first < kKeys; first += kPanel) {
+    pack_panel(row + first * stride, stride, std::clamp<int64_t>(rows - first, 0, kPanel), D,
+               packed + first * D);
+  }
+}
+
+void multiply(const float* a, int64_t a_stride, const float* b, int64_t inner, float* c,
+              int64_t c_stride, bool add) {
+  tile<kRows, kVectors>(a, a_stride, b, kPanel, c, c_stride, inner, add);
+}
+
+// Turns `columns` (whole vectors) of a row of products into weights exp(logit - max), and rescales
+// to the new maximum what the row has summed so far.
+inline void weigh(float* logit, const float* bias, Range columns, float scale, float softcap,
+                  float& max, float& sum, float* out, int64_t Dp) {
+  if (softcap > 0) {
+    for (int64_t j = columns.first; j < columns.past; ++j) {
+      logit[j] = softcap * std::tanh(logit[j] * scale / softcap);
+    }
+    scale = 1.f;
+  }
+  const Floats never = broadcast(kNever), factor = broadcast(scale);
+  Floats most = broadcast(max);
+  for (int64_t j = columns.first; j < columns.past; j += kLanes) {
+    const Floats gain = load(bias + j);
+    const Floats x = gain == never ? never : fma(load(logit + j), factor, gain);
+    most = x > most ? x : most;
+    store(logit + j, x);
+  }
+  const float new_max = largest(most);
+  const float shift = new_max == kNever ? 0.f : new_max;  // nothing seen yet
+  Floats weights = {};
+  for (int64_t j = columns.first; j < columns.past; j += kLanes) {
+    const Floats weight = exp_of_negative(load(logit + j) - shift);
+    weights += weight;
+    store(logit + j, weight);
+  }
+  if (new_max > max) {
+    const float keep = std::exp(max - shift);
+    sum *= keep;
+    const Floats factors = broadcast(keep);
+    for (int64_t d = 0; d < Dp; d += kLanes) store(out + d, load(out + d) * factors);
+    max = new_max;
+  }
+  sum += total(weights);
+}
+
+void attend(const AttendTask& t) {
+  alignas(64) float logit[kRows * kKeys];
+  for (int64_t first = t.hull.first / kKeys * kKeys; first < t.hull.past; first += kKeys) {
+    const float* key = t.key + first * t.D;
+    for (int64_t row = 0; row < kQueries; row += kRows) {
+      Range seen{0, 0};
+      for (int r = 0; r < kRows; ++r) {
+        seen = seen.hull(t.seen[row + r].within({first, first + kKeys}));
+      }
+      if (seen.empty()) continue;
+      seen = {seen.first - first, seen.past - first};
+      const Range panels{seen.first / kPanel * kPanel, round_up(seen.past, kPanel)};
+      const Range vectors{seen.first / kLanes * kLanes, round_up(seen.past, kLanes)};
+
+      for (int64_t column = panels.first; column < panels.past; column += kPanel) {
+        tile<kRows, kVectors>(t.query + row * t.D, t.D, key + column * t.D, kPanel, logit + column,
+                              kKeys, t.D, false);
+      }
+      for (int r = 0; r < kRows; ++r) {
+        weigh(logit + r * kKeys, t.bias + (row + r) * t.bias_stride + first, vectors, t.scale,
+              t.softcap, t.max[row + r], t.sum[row + r], t.out + (row + r) * t.Dp, t.Dp);
+      }
+      tiles<kRows, kVectors>(logit + seen.first, kKeys, t.value + (first + seen.first) * t.Dp, t.Dp,
+                             t.out + row * t.Dp, t.Dp, seen.past - seen.first, t.Dp);
+    }
+  }
+}
+
+// rows x keys dot products of vectors of D floats, read where they lie.
+template <int rows, int keys>
+inline void dots(const float* query, int64_t D, const float* key, int64_t key_stride, float* logit,
+                 int64_t logit_stride) {
+  Floats sum[rows][keys];
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 8
+    for (int k = 0; k < keys; ++k) sum[r][k] = Floats{};
+  }
+  int64_t d = 0;
+  for (; d + kLanes <= D; d += kLanes) {
+    Floats column[keys];
+#pragma GCC unroll 8
+    for (int k = 0; k < keys; ++k) column[k] = load(key + k * key_stride + d);
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) {
+      const Floats x = load(query + r * D + d);
+#pragma GCC unroll 8
+      for (int k = 0; k < keys; ++k) sum[r][k] = fma(x, column[k], sum[r][k]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 8
+    for (int k = 0; k < keys; ++k) {
+      float rest = 0;
+      for (int64_t i = d; i < D; ++i) rest += query[r * D + i] * key[k * key_stride + i];
+      logit[r * logit_stride + k] = total(sum[r][k]) + rest;
+    }
+  }
+}
+
+// Some rows of a stretch, in blocks small enough to stay near the core between the two products.
+template <int rows>
+inline void decode_rows(const DecodeTask& t, int64_t row) {
+  constexpr int kWide = 8 / rows;  // eight sums at a time hide the latency of one
+  float logit[rows * kKeys];
+  const float* query = t.query + row * t.D;
+  for (int64_t first = 0; first < t.keys; first += kKeys) {
+    const int64_t keys = std::min<int64_t>(kKeys, t.keys - first);
+    const float* key = t.key + first * t.key_stride;
+    int64_t j = 0;
+    for (; j + kWide <= keys; j += kWide) {
+      dots<rows, kWide>(query, t.D, key + j * t.key_stride, t.key_stride, logit + j, kKeys);
+    }
+    for (; j < keys; ++j) {
+      dots<rows, 1>(query, t.D, key + j * t.key_stride, t.key_stride, logit + j, kKeys);
+    }
+    const Range columns{0, round_up(keys, kLanes)};
+    for (int r = 0; r < rows; ++r) {
+      weigh(logit + r * kKeys, t.bias + (row + r) * t.bias_stride + first, columns, t.scale,
+            t.softcap, t.max[row + r], t.sum[row + r], t.out + (row + r) * t.Dp, t.Dp);
+    }
+    const int64_t whole = t.D / kLanes * kLanes;
+    const float* value = t.value + first * t.value_stride;
+    float* out = t.out + row * t.Dp;
+    tiles<rows, kWide>(logit, kKeys, value, t.value_stride, out, t.Dp, keys, whole);
+    for (int64_t d = whole; d < t.D; ++d) {
+      for (int r = 0; r < rows; ++r) {
+        float sum = 0;
+        for (int64_t i = 0; i < keys; ++i)
+          sum += logit[r * kKeys + i] * value[i * t.value_stride + d];
+        out[r * t.Dp + d] += sum;
+      }
+    }
+  }
+}
+
+void decode(const DecodeTask& t) {
+  int64_t row = 0;
+  for (; row + 4 <= t.rows; row += 4) decode_rows<4>(t, row);
+  for (; row + 2 <= t.rows; row += 2) decode_rows<2>(t, row);
+  for (; row < t.rows; ++row) decode_rows<1>(t, row);
+}
+
+void dot_rows(const float* x, const float* row, int64_t stride, int64_t rows, int64_t D,
+              float* out) {
+  int64_t i = 0;
+  for (; i + 8 <= rows; i += 8) dots<1, 8>(x, D, row + i * stride, stride, out + i, 0);
+  for (; i < rows; ++i) dots<1, 1>(x, D, row + i * stride, stride, out + i, 0);
+}

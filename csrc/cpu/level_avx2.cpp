@@ -1,0 +1,56 @@
+// Eight lanes and fused multiply-add: Intel since 2013, AMD since 2015.
+#include "kernels.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+// From here on, and not before: what the headers above define may be shared with other levels.
+#pragma GCC target("avx2,fma,f16c")
+
+namespace restore_ext::cpu {
+namespace {
+
+constexpr int kLanes = 8, kVectors = 2;
+typedef __m256 Floats;
+typedef uint32_t Bits __attribute__((vector_size(32)));
+
+inline Floats load(const float* p) { return _mm256_loadu_ps(p); }
+inline void store(float* p, Floats x) { _mm256_storeu_ps(p, x); }
+inline Floats broadcast(float x) { return _mm256_set1_ps(x); }
+inline Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+
+#include "kernels_body.h"
+
+void from_half(const uint16_t* from, float* to, int64_t count) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    store(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
+  }
+  for (; i < count; ++i) to[i] = _cvtsh_ss(from[i]);
+}
+
+void from_bfloat16(const uint16_t* from, float* to, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t bits = static_cast<uint32_t>(from[i]) << 16;
+    __builtin_memcpy(to + i, &bits, sizeof bits);
+  }
+}
+
+}  // namespace
+
+const Kernels kernels_avx2{
+    .name = "avx2",
+    .lanes = kLanes,
+    .panel = kPanel,
+    .pack = pack,
+    .from_half = from_half,
+    .from_bfloat16 = from_bfloat16,
+    .pack_panel = pack_panel,
+    .multiply = multiply,
+    .dot_rows = dot_rows,
+    .attend = attend,
+    .decode = decode,
+};
+
+}  // namespace restore_ext::cpu
+#endif

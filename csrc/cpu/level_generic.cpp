@@ -1,0 +1,49 @@
+// Four lanes, which every processor has.
+#include "kernels.h"
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cstring>
+
+namespace restore_ext::cpu {
+namespace {
+
+constexpr int kLanes = 4, kVectors = 2;
+typedef float Floats __attribute__((vector_size(16)));
+typedef uint32_t Bits __attribute__((vector_size(16)));
+typedef float Unaligned __attribute__((vector_size(16), aligned(4), may_alias));
+
+inline Floats load(const float* p) { return *reinterpret_cast<const Unaligned*>(p); }
+inline void store(float* p, Floats x) { *reinterpret_cast<Unaligned*>(p) = x; }
+inline Floats broadcast(float x) { return Floats{x, x, x, x}; }
+inline Floats fma(Floats a, Floats b, Floats c) { return a * b + c; }
+
+#include "kernels_body.h"
+
+template <typename T>
+void from_16(const uint16_t* from, float* to, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    T x;
+    std::memcpy(&x, from + i, sizeof x);
+    to[i] = static_cast<float>(x);
+  }
+}
+
+}  // namespace
+
+const Kernels kernels_generic{
+    .name = "generic",
+    .lanes = kLanes,
+    .panel = kPanel,
+    .pack = pack,
+    .from_half = from_16<torch::headeronly::Half>,
+    .from_bfloat16 = from_16<torch::headeronly::BFloat16>,
+    .pack_panel = pack_panel,
+    .multiply = multiply,
+    .dot_rows = dot_rows,
+    .attend = attend,
+    .decode = decode,
+};
+
+}  // namespace restore_ext::cpu

@@ -1,0 +1,74 @@
+"""The CPU operators mean the same at every level of instructions that this processor runs."""
+
+import pytest
+import torch
+
+from restore_ext import _C, ops, testing
+from restore_ext.testing import attention, tokens
+from restore_ext.testing.attention import AttentionCase
+from restore_ext.testing.tokens import TokenCase
+
+
+def runs(level: str) -> bool:
+    return level in _C.cpu_levels.split()
+
+
+@pytest.fixture(params=["generic", "avx2"])
+def level(request, monkeypatch):
+    if not runs(request.param):
+        pytest.skip(f"this processor has no {request.param}")
+    monkeypatch.setenv("RESTORE_EXT_CPU", request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("case", attention.CASES, ids=str)
+def test_attention(case, dtype, level):
+    given = case.arguments("cpu", dtype)
+    attention.assert_within_twice_sdpa(ops.calibrated_attention(**given, return_lse=True), given)
+
+
+@pytest.mark.parametrize("Lq", [1, 2, 3, 5, 7])
+def test_attention_of_few_queries(Lq, level):
+    """Rows in fours, in twos and one by one; more than one stretch of keys, the last not full."""
+    for D in (32, 40, 72, 128):
+        given = AttentionCase(B=2, Hq=6, Hkv=2, Lq=Lq, Lk=1100, D=D, holes=D == 72).arguments()
+        attention.assert_within_twice_sdpa(
+            ops.calibrated_attention(**given, return_lse=True), given
+        )
+
+
+def test_attention_over_more_keys_than_a_stretch(level):
+    given = AttentionCase(Hq=10, Hkv=2, Lq=50, Lk=2600, D=32, ranges="image").arguments()
+    attention.assert_within_twice_sdpa(ops.calibrated_attention(**given, return_lse=True), given)
+
+
+@pytest.mark.parametrize("case", [*tokens.CASES, TokenCase(N=613, C=600, k=100)], ids=str)
+def test_indices(case, level):
+    x, valid = case.x(), case.valid()
+    anchors = ops.select_anchors(x, case.k, valid=valid)
+    tokens.check_select_anchors(anchors, x, case.k, valid=valid)
+    picks = ops.select_diverse(x, case.k, valid=valid)
+    tokens.check_select_diverse(picks, x, case.k, valid=valid)
+    matched = ops.match_bipartite(x, case.k, valid=valid)
+    tokens.check_match_bipartite(matched, x, case.k, valid=valid)
+
+
+def test_any_number_of_threads_gives_the_same_bits(level):
+    x = TokenCase(N=400, C=256).x()
+    long = AttentionCase(Hq=10, Hkv=2, Lq=100, Lk=1300, D=64).arguments()
+    short = AttentionCase(Hq=10, Hkv=2, Lq=1, Lk=1300, D=64).arguments()
+    for fn in (
+        lambda: ops.match_bipartite(x, 50),
+        lambda: ops.score_anchors(x),
+        lambda: ops.select_diverse(x, 20),
+        lambda: ops.calibrated_attention(**long, return_lse=True),
+        lambda: ops.calibrated_attention(**short, return_lse=True),
+    ):
+        testing.assert_same_bits_every_run(fn)
+
+
+def test_an_unknown_level_is_named(monkeypatch):
+    monkeypatch.setenv("RESTORE_EXT_CPU", "mmx")
+    with pytest.raises(RuntimeError, match=r"RESTORE_EXT_CPU must be one of .*generic.*, got mmx"):
+        ops.score_anchors(torch.ones(1, 2, 2))
