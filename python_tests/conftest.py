@@ -11,6 +11,7 @@ import zlib
 from importlib.metadata import version
 from pathlib import Path
 
+import pytest
 import torch
 
 from restore_ext import ops
@@ -42,16 +43,44 @@ class Emulator:
     NOT_OF_KERNELS = ("test_compiles", "test_is_a_well_formed_operator", "gradient")
 
     def __init__(self, library: Path) -> None:
-        if library.name.startswith("ptx"):
-            os.environ["CUEMU_PTX"] = "1"
+        if not library.is_file():
+            mode = library.name.partition("-")[0].partition(".")[0]
+            raise pytest.UsageError(f"no {library}; build it: python tools/emulator.py {mode}")
+        self.from_ptx = library.name.startswith("ptx")
+        os.environ["CUEMU_PTX"] = str(int(self.from_ptx))
+        if self.from_ptx:
             # A device that runs this PTX: a kernel for others only has an empty body in it.
             os.environ.setdefault("CUEMU_CC", "80" if library.name.startswith("ptx80") else "90")
         torch.ops.load_library(library)
         self.control = ctypes.CDLL(str(library))
+        self.control.cuemu_error.restype = ctypes.c_char_p
         ops._ops = torch.ops.restore_ext_emulated
+
+    def ptx_launches(self) -> int:
+        stats = (ctypes.c_ulonglong * 4)()
+        self.control.cuemu_stats(stats)
+        return stats[3]
 
     def pytest_collection_modifyitems(self, items):
         items[:] = [i for i in items if not any(n in i.name for n in self.NOT_OF_KERNELS)]
 
     def pytest_runtest_setup(self, item):
         self.control.cuemu_seed(zlib.crc32(item.name.encode()) % 1000)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self, item):
+        """A report of the emulator fails the test, even where the test expects an error."""
+        before = self.control.cuemu_reports()
+        result = yield
+        if self.control.cuemu_reports() > before:
+            pytest.fail(f"{item.nodeid}: {self.control.cuemu_error().decode()}")
+        return result
+
+    def pytest_sessionfinish(self, session):
+        if self.from_ptx and session.testscollected and not self.ptx_launches():
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter):
+        if self.from_ptx:
+            count = self.ptx_launches()
+            terminalreporter.write_line(f"{count} launches ran nvcc's PTX", red=not count)

@@ -278,6 +278,16 @@ def test_reads_nothing_outside_a_view(view, dtype, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_takes_every_other_element(dtype, device):
+    """Its rows begin where packs of 16 bytes would, and are none."""
+    given = FULL.arguments(device, dtype)
+    for name in ("query", *CACHES):
+        wide = given[name].new_full((*given[name].shape, 2), math.nan)
+        wide[..., 0] = given[name]
+        assert_within_twice_sdpa(run(given | {name: wide[..., 0]}), contiguous(given))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_takes_pages_with_the_heads_outside(dtype, device):
     given = FULL.arguments(device, dtype)
     outside = {k: given[k].transpose(1, 2).contiguous().transpose(1, 2) for k in CACHES}

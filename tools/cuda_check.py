@@ -84,7 +84,9 @@ class Job:
     def kernels(self, with_sass: bool) -> dict[str, Kernel]:
         log = Path(f"{self.object}.log").read_text()
         kernels = {
-            name: Kernel(name, int(stack), int(stores) + int(loads), int(registers), int(shared or 0))
+            name: Kernel(
+                name, int(stack), int(stores) + int(loads), int(registers), int(shared or 0)
+            )
             for name, stack, stores, loads, registers, shared in PTXAS.findall(log)
         }
         if with_sass:

@@ -96,7 +96,7 @@ def hopper_outputs(module, rng):
 
 
 def tolerance(name):
-    """Absolute and relative. Copies are exact; the order of sums and the last bits of ex2 are not."""
+    """Absolute and relative. Copies are exact; the order of sums and ex2's last bits are not."""
     if name.startswith(("mma", "wgmma")) and not name.endswith("shared"):
         return 2e-4, 0
     return (0, 2**-21) if name == "exp2" else (0, 0)

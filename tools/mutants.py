@@ -39,8 +39,12 @@ MUTANTS = [
     in_ptx("mma: registers of B change places", '"r"(b0), "r"(b1)', '"r"(b1), "r"(b0)', "mma"),
     in_ptx("mma: f16 taken for bf16", "f32.f16.f16.f32", "f32.bf16.bf16.f32", "mma"),
     in_ptx("ldmatrix: .trans dropped", "x4.trans.shared", "x4.shared", "ldmatrix"),
-    in_ptx("ldmatrix: registers in another order", "{%0,%1,%2,%3}, [%4]", "{%0,%2,%1,%3}, [%4]",
-           "ldmatrix"),  # fmt: skip
+    in_ptx(
+        "ldmatrix: registers in another order",
+        "{%0,%1,%2,%3}, [%4]",
+        "{%0,%2,%1,%3}, [%4]",
+        "ldmatrix",
+    ),
     in_ptx("cp.async: 8 of 16 bytes", "valid ? 16 : 0", "valid ? 8 : 0", "cp_async"),
     in_ptx("cp.async: no zeros", '"r"(valid ? 16 : 0)', '"r"(16)', "cp_async"),
     in_ptx("cp.async: waits for one group too few", '"n"(N)', '"n"(N + 1)', "cp_async"),
@@ -48,11 +52,16 @@ MUTANTS = [
     in_ptx("exp2: another function", "ex2.approx.ftz", "lg2.approx.ftz", "exp2"),
     in_ptx("exp2: keeps denormals", "ex2.approx.ftz", "ex2.approx", "exp2"),
     in_hopper("TMA: coordinates change places", "{%3, %4, %5, %6}", "{%4, %3, %5, %6}"),
-    in_hopper("mbarrier: bytes not expected", "arrive.expect_tx.shared::cta.b64 _, [%0], %1",
-              "arrive.shared::cta.b64 _, [%0]"),  # fmt: skip
+    in_hopper(
+        "mbarrier: bytes not expected",
+        "arrive.expect_tx.shared::cta.b64 _, [%0], %1",
+        "arrive.shared::cta.b64 _, [%0]",
+    ),
     in_hopper("mbarrier: waits for the other phase", "p, [%0], %1;", "p, [%0], 1;"),
     in_hopper("wgmma: A and B change places", ", %32, %33, p, 1", ", %33, %32, p, 1"),
     in_hopper("wgmma: B never transposed", "p, 1, 1, 0, %35", "p, 1, 1, 0, 0"),
-    in_hopper("wgmma: registers of A change places", "{%32, %33, %34, %35}", "{%32, %34, %33, %35}"),
+    in_hopper(
+        "wgmma: registers of A change places", "{%32, %33, %34, %35}", "{%32, %34, %33, %35}"
+    ),
     in_hopper("wgmma: starts from nothing", "setp.ne.b32 p, %34, 0", "setp.ne.b32 p, 0, 0"),
 ]

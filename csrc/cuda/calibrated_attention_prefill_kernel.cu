@@ -201,7 +201,7 @@ __device__ __forceinline__ void store_rows(const CalibratedAttentionParams<T>& p
           pack_two<T>(o[d][2 * r] * inverse, o[d][2 * r + 1] * inverse);
     }
     if (lane % 4 == 0 && i0 + line < p.Lq) {
-      p.lse[head_row + i0 + line] = sum == 0.f ? kNever : (softmax.most[r] + log2f(sum)) * kLn2;
+      p.lse[head_row + i0 + line] = (softmax.most[r] + log2f(sum)) * kLn2;
     }
   }
   __syncwarp();

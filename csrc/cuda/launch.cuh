@@ -17,7 +17,8 @@ namespace restore_ext::cuda {
 
 __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Without <<<>>>, which only nvcc can parse. More than 48 KiB of dynamic shared memory is asked for.
+// Without <<<>>>, which only nvcc can parse. More than 48 KiB of dynamic shared memory is asked
+// for.
 template <class... P, class... A>
 cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
                    A&&... arguments) {

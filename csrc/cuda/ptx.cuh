@@ -1,5 +1,5 @@
-// The instructions that CUDA C++ has no word for; with hopper.cuh the only place of inline PTX. Each
-// wrapper has an emulated twin in csrc/emulator/include/cuemu_ptx.h.
+// The instructions that CUDA C++ has no word for; with hopper.cuh the only place of inline PTX.
+// Each wrapper has an emulated twin in csrc/emulator/include/cuemu_ptx.h.
 #pragma once
 
 #include <cuda_bf16.h>

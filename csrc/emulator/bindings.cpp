@@ -117,21 +117,23 @@ py::dict stats() {
 
 void register_buffer(const py::buffer& array, bool initialised, const std::string& name) {
   const auto info = array.request();
-  if (cuemu_register) cuemu_register(info.ptr, info.size * info.itemsize, initialised, name.c_str());
+  if (cuemu_register)
+    cuemu_register(info.ptr, info.size * info.itemsize, initialised, name.c_str());
 }
 
 // The report of a planted fault; "" where none was found.
 std::string fault(const std::string& name) {
   // With room behind: what writes past the end must not hurt the test.
   std::vector<int> out(96, -1), parts(192, -1), in(260, 7);
-  unsigned counter = 0;
+  std::vector<unsigned> counter(1, 0);  // not on the stack, where kernels' parameters lie
   if (cuemu_register) {
     cuemu_register(out.data(), 4 * 64, 0, "out");
     cuemu_register(parts.data(), 4 * parts.size(), 0, "parts");
     cuemu_register(in.data(), 4 * in.size(), 1, "in");
-    cuemu_register(&counter, 4, 1, "counter");
+    cuemu_register(counter.data(), 4, 1, "counter");
   }
-  const int error = selftest_fault(name.c_str(), out.data(), parts.data(), in.data(), &counter);
+  const int error =
+      selftest_fault(name.c_str(), out.data(), parts.data(), in.data(), counter.data());
   if (cuemu_unregister) cuemu_unregister();
   if (error == -1) throw py::value_error("no fault is called " + name);
   return error ? cuemu_error() : "";

@@ -3,14 +3,15 @@
 python csrc/emulator/ptx2cpp.py KERNELS.ptx > KERNELS.cpp
 
 A kernel becomes a function of its parameter block; a register becomes a local variable, a branch
-a goto, a predicate an if. What an instruction becomes is a rule in ptx_rules.py or
-ptx_tensor_rules.py; what the C++ calls is in include/ptx_rt.h. An opcode without a rule stops the
-translation with its name.
+a goto, a predicate an if. What an instruction becomes is a rule in ptx_rules.py,
+ptx_memory_rules.py or ptx_tensor_rules.py; what the C++ calls is in include/ptx_rt.h. An opcode
+without a rule stops the translation with its name.
 """
 
 import re
 import sys
 
+import ptx_memory_rules
 import ptx_rules
 import ptx_tensor_rules
 
@@ -44,7 +45,7 @@ VECTOR_SPECIAL = {
 }
 SHARED = r"\.shared\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([\w$]+)(?:\[(\d*)\])?;"
 LOCATION = r"\.loc\s+(\d+)\s+(\d+)(?:.*inlined_at\s+(\d+)\s+(\d+))?"
-RULES = {**ptx_rules.RULES, **ptx_tensor_rules.RULES}
+RULES = ptx_rules.RULES | ptx_memory_rules.RULES | ptx_tensor_rules.RULES
 
 
 def split(text):
@@ -117,7 +118,9 @@ class Instruction:
     def put(self, operand, expression):
         """Writes a register; "_" is written nowhere."""
         text = self.operands[operand] if isinstance(operand, int) else operand
-        return f"({expression});" if text == "_" else f"put({self.kernel.register(text)}, {expression});"
+        if text == "_":
+            return f"({expression});"
+        return f"put({self.kernel.register(text)}, {expression});"
 
     def vector(self, operand):
         text = self.operands[operand]
@@ -301,8 +304,8 @@ class Module:
             self.shared[name] = (int(align or size), size * count)
         self.files = dict(re.findall(r'\.file\s+(\d+)\s+("[^"]*")', self.text))
         self.constants, self.tables = {}, []
-        for space, align, type, name, size, data in re.findall(
-            r"\.(global|const)\s+\.align\s+(\d+)\s+\.(\w+)\s+([\w$]+)(?:\[(\d+)\])?"
+        for align, type, name, size, data in re.findall(
+            r"\.(?:global|const)\s+\.align\s+(\d+)\s+\.(\w+)\s+([\w$]+)(?:\[(\d+)\])?"
             r"(?:\s*=\s*\{?([^;{}]*)\}?)?;",
             self.text,
         ):

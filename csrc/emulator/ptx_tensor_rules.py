@@ -3,17 +3,12 @@ cuemu_hopper.h, which also stand in for the wrappers of csrc/cuda/ptx.cuh and ho
 
 import re
 
-RULES = {}
+from ptx_rules import Rules
+
+RULES = Rules()
+rule = RULES.rule
 NAMESPACE = "restore_ext::cuda::"
 MMA_TYPE = {"bf16": "__nv_bfloat16", "f16": "__half"}
-
-
-def rule(root):
-    def register(function):
-        RULES[root] = function
-        return function
-
-    return register
 
 
 def puts(i, names, source):
@@ -39,7 +34,8 @@ def multiply_fragments(i):
     left = ", ".join(i.value(n, "b32") for n in a)
     right = ", ".join(i.value(n, "b32") for n in b)
     call = f"{NAMESPACE}mma_m16n8k16<{MMA_TYPE[i.types[1]]}>(d_, a_, {right});"
-    return f"{{ float d_[4] = {{{floats}}}; uint32_t a_[4] = {{{left}}}; {call} {puts(i, i.vector(0), 'd_')} }}"
+    before = f"float d_[4] = {{{floats}}}; uint32_t a_[4] = {{{left}}};"
+    return f"{{ {before} {call} {puts(i, i.vector(0), 'd_')} }}"
 
 
 @rule("cp")
@@ -112,7 +108,8 @@ def multiply_by_warpgroup(i):
         f"{{d_, {left}, {i.value(2, 'u64')}, {n}, {half}, {i.value(3, 'pred')}, "
         f"{a_trans} == 1, {transposed[-1]} == 1}}"
     )
-    call = f'{NAMESPACE}wgmma_fence(); {NAMESPACE}emu::wgmma({product}, "ptx", 0);'
+    place = "__builtin_FILE(), __builtin_LINE()"
+    call = f"{NAMESPACE}wgmma_fence(); {NAMESPACE}emu::wgmma({product}, {place});"
     wait = f"{NAMESPACE}wgmma_commit(); {NAMESPACE}wgmma_wait<0>();"
     before = f"float d_[{n // 2}] = {{{floats}}}; uint32_t a_[] = {{{registers or 0}}};"
     return f"{{ {before} (void)a_; {call} {wait} {puts(i, names, 'd_')} }}"

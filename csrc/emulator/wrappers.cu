@@ -3,11 +3,13 @@
 #include "../cuda/ptx.cuh"
 
 // Of selftest/hopper.cu, where it is linked in; their pointers are the device's, but for strides.
-extern "C" __attribute__((weak)) int test_wgmma(int half, int N, int transpose_b, int columns, const void* a,
-                          const void* b, const uint32_t* a_registers, float* d,
-                          unsigned char* b_shared, int steps, int accumulate);
-extern "C" __attribute__((weak)) int test_tma(const void* data, const uint64_t* strides, int columns, unsigned char* out,
-                        int c, int l, int h, int b);
+extern "C" __attribute__((weak)) int test_wgmma(int half, int N, int transpose_b, int columns,
+                                                const void* a, const void* b,
+                                                const uint32_t* a_registers, float* d,
+                                                unsigned char* b_shared, int steps, int accumulate);
+extern "C" __attribute__((weak)) int test_tma(const void* data, const uint64_t* strides,
+                                              int columns, unsigned char* out, int c, int l, int h,
+                                              int b);
 
 namespace restore_ext::cuda {
 namespace {

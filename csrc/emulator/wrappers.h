@@ -10,7 +10,8 @@ extern "C" {
 const char* wrapper_error(int error);
 
 // Rows of 8 elements, lane by lane, and four registers a lane.
-int wrapper_ldmatrix(const uint16_t* rows /* [32, 8] */, int transposed, uint32_t* to /* [32, 4] */);
+int wrapper_ldmatrix(const uint16_t* rows /* [32, 8] */, int transposed,
+                     uint32_t* to /* [32, 4] */);
 
 int wrapper_mma(int half, const uint32_t* a /* [32, 4] */, const uint32_t* b /* [32, 2] */,
                 float* d /* [32, 4], added to */);

@@ -89,6 +89,10 @@ class AttentionCase:
             position = position.cumsum(-1)
         elif self.positions == "shuffled":
             position = position[..., torch.randperm(longest, generator=g)]
+        elif self.positions == "steps":  # of 1 or 2
+            position = torch.randint(1, 3, shape, generator=g).cumsum(-1)
+        elif self.positions == "outlier":
+            position = torch.where(index == 100, 10**6, index).expand(shape)
         elif self.positions == "mrope":  # text, an image of 11 columns, text; three axes
             first, past = longest // 3, longest - longest // 4
             patch = index - first
@@ -173,7 +177,9 @@ KERNEL_CASES = [
     AttentionCase(B=2, Hq=4, Hkv=2, Lq=260, Lk=260, D=64, axes=3, P=512, positions="mrope"),
     AttentionCase(Hq=2, Hkv=2, Lq=150, Lk=150, D=64, axes=3, P=512, positions="far"),
     AttentionCase(Hq=2, Hkv=2, Lq=60, Lk=255, D=64, axes=3, P=64, positions="apart"),
+    AttentionCase(Hq=2, Hkv=2, Lq=100, Lk=500, D=64, axes=3, P=512, positions="steps"),
     AttentionCase(Hq=2, Hkv=2, Lq=150, Lk=150, D=64, axes=5, P=64),
+    AttentionCase(Hq=1, Hkv=1, Lq=60, Lk=1400, D=64, positions="outlier"),
     AttentionCase(Hq=2, Hkv=2, Lq=150, Lk=200, D=64, positions="far", P=4096),
     AttentionCase(Hq=1, Hkv=1, Lq=40, Lk=3000, D=64, positions="runs", causal=False),
     AttentionCase(Hq=2, Hkv=2, Lq=200, Lk=200, D=64, ranges="window", padding=(100,)),

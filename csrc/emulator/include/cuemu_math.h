@@ -23,7 +23,8 @@ inline double __longlong_as_double(long long x) { return cuemu_bits<double>(x); 
 inline int __double2loint(double x) { return static_cast<int>(__double_as_longlong(x)); }
 inline int __double2hiint(double x) { return static_cast<int>(__double_as_longlong(x) >> 32); }
 inline double __hiloint2double(int high, int low) {
-  return __longlong_as_double(static_cast<long long>(static_cast<uint64_t>(high) << 32 | unsigned(low)));
+  return __longlong_as_double(
+      static_cast<long long>(static_cast<uint64_t>(high) << 32 | unsigned(low)));
 }
 
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
@@ -85,8 +86,8 @@ inline unsigned __dp4a(unsigned a, unsigned b, unsigned c) {
   return c;
 }
 
-#define CUEMU_MINMAX(T)                              \
-  inline T min(T a, T b) { return b < a ? b : a; }   \
+#define CUEMU_MINMAX(T)                            \
+  inline T min(T a, T b) { return b < a ? b : a; } \
   inline T max(T a, T b) { return a < b ? b : a; }
 CUEMU_MINMAX(int)
 CUEMU_MINMAX(unsigned)
@@ -109,11 +110,11 @@ inline double max(double a, double b) { return fmax(a, b); }
 // ---- floats ------------------------------------------------------------------------------------
 
 // nvcc never fuses a named operation with the next; g++ would, but for the empty statement.
-#define CUEMU_ROUNDED(T, name, expression)           \
-  inline T name##_rn(T x, T y) {                     \
-    T result = expression;                           \
-    asm volatile("" : "+x"(result));                 \
-    return result;                                   \
+#define CUEMU_ROUNDED(T, name, expression) \
+  inline T name##_rn(T x, T y) {           \
+    T result = expression;                 \
+    asm volatile("" : "+x"(result));       \
+    return result;                         \
   }
 CUEMU_ROUNDED(float, __fadd, x + y)
 CUEMU_ROUNDED(float, __fsub, x - y)
@@ -153,14 +154,15 @@ inline float __expf(float x) { return exp2f(x * 1.44269504f); }
 template <class To, class From>
 inline To cuemu_to_whole(From x) {  // stops at the ends, as the device does; NaN becomes 0
   if (x != x) return 0;
-  if (x >= std::ldexp(From(1), std::numeric_limits<To>::digits)) return std::numeric_limits<To>::max();
+  if (x >= std::ldexp(From(1), std::numeric_limits<To>::digits))
+    return std::numeric_limits<To>::max();
   if (x <= From(std::numeric_limits<To>::min())) return std::numeric_limits<To>::min();
   return static_cast<To>(x);
 }
-#define CUEMU_TO_WHOLE(From, from, To, to)                                                  \
-  inline To __##from##2##to##_rn(From x) { return cuemu_to_whole<To>(std::rint(x)); }       \
-  inline To __##from##2##to##_rz(From x) { return cuemu_to_whole<To>(std::trunc(x)); }      \
-  inline To __##from##2##to##_rd(From x) { return cuemu_to_whole<To>(std::floor(x)); }      \
+#define CUEMU_TO_WHOLE(From, from, To, to)                                             \
+  inline To __##from##2##to##_rn(From x) { return cuemu_to_whole<To>(std::rint(x)); }  \
+  inline To __##from##2##to##_rz(From x) { return cuemu_to_whole<To>(std::trunc(x)); } \
+  inline To __##from##2##to##_rd(From x) { return cuemu_to_whole<To>(std::floor(x)); } \
   inline To __##from##2##to##_ru(From x) { return cuemu_to_whole<To>(std::ceil(x)); }
 CUEMU_TO_WHOLE(float, float, int, int)
 CUEMU_TO_WHOLE(float, float, unsigned, uint)
@@ -181,13 +183,15 @@ inline double __uint2double_rn(unsigned x) { return x; }
 inline double __ll2double_rn(long long x) { return static_cast<double>(x); }
 inline double __ull2double_rn(unsigned long long x) { return static_cast<double>(x); }
 
-// ---- 16-bit floats: what the toolkit's headers leave out for a host compiler ----------------------
+// ---- 16-bit floats: what the toolkit's headers leave out for a host compiler
+// ----------------------
 
 inline __half __hfma(__half x, __half y, __half z) {
   return __double2half(fma(double{__half2float(x)}, __half2float(y), __half2float(z)));
 }
 inline __nv_bfloat16 __hfma(__nv_bfloat16 x, __nv_bfloat16 y, __nv_bfloat16 z) {
-  return __double2bfloat16(fma(double{__bfloat162float(x)}, __bfloat162float(y), __bfloat162float(z)));
+  return __double2bfloat16(
+      fma(double{__bfloat162float(x)}, __bfloat162float(y), __bfloat162float(z)));
 }
 inline __half2 __hfma2(__half2 x, __half2 y, __half2 z) {
   return __halves2half2(__hfma(x.x, y.x, z.x), __hfma(x.y, y.y, z.y));
@@ -197,14 +201,14 @@ inline __nv_bfloat162 __hfma2(__nv_bfloat162 x, __nv_bfloat162 y, __nv_bfloat162
 }
 inline int __half2int_rn(__half x) { return __float2int_rn(__half2float(x)); }
 inline int __bfloat162int_rn(__nv_bfloat16 x) { return __float2int_rn(__bfloat162float(x)); }
-#define CUEMU_HALF(name, function)                                                              \
-  inline __half h##name(__half x) { return __float2half_rn(function(__half2float(x))); }        \
-  inline __nv_bfloat16 h##name(__nv_bfloat16 x) {                                               \
-    return __float2bfloat16_rn(function(__bfloat162float(x)));                                  \
-  }                                                                                             \
-  inline __half2 h2##name(__half2 x) { return __halves2half2(h##name(x.x), h##name(x.y)); }     \
-  inline __nv_bfloat162 h2##name(__nv_bfloat162 x) {                                            \
-    return __halves2bfloat162(h##name(x.x), h##name(x.y));                                      \
+#define CUEMU_HALF(name, function)                                                          \
+  inline __half h##name(__half x) { return __float2half_rn(function(__half2float(x))); }    \
+  inline __nv_bfloat16 h##name(__nv_bfloat16 x) {                                           \
+    return __float2bfloat16_rn(function(__bfloat162float(x)));                              \
+  }                                                                                         \
+  inline __half2 h2##name(__half2 x) { return __halves2half2(h##name(x.x), h##name(x.y)); } \
+  inline __nv_bfloat162 h2##name(__nv_bfloat162 x) {                                        \
+    return __halves2bfloat162(h##name(x.x), h##name(x.y));                                  \
   }
 CUEMU_HALF(exp, expf)
 CUEMU_HALF(exp2, exp2f)

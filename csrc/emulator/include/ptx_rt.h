@@ -150,14 +150,14 @@ bool unordered(T x, T y) {
   if constexpr (std::is_floating_point_v<T>) return std::isnan(x) || std::isnan(y);
   return false;
 }
-#define CUEMU_COMPARE(name, sign)                                                      \
-  template <class T>                                                                   \
-  bool compare_##name(T x, T y) {                                                      \
-    return x sign y;                                                                   \
-  }                                                                                    \
-  template <class T>                                                                   \
-  bool compare_##name##u(T x, T y) {                                                   \
-    return unordered(x, y) || x sign y;                                                \
+#define CUEMU_COMPARE(name, sign)       \
+  template <class T>                    \
+  bool compare_##name(T x, T y) {       \
+    return x sign y;                    \
+  }                                     \
+  template <class T>                    \
+  bool compare_##name##u(T x, T y) {    \
+    return unordered(x, y) || x sign y; \
   }
 CUEMU_COMPARE(lt, <)
 CUEMU_COMPARE(le, <=)
@@ -271,20 +271,20 @@ CUEMU_INL T* store(unsigned char* p) {
   return (T*)p;
 }
 
-#define CUEMU_ATOMIC(name, expression)                 \
-  template <class T, int ORDER>                        \
-  CUEMU_INL T atomic_##name(unsigned char* at, T x) {  \
-    access<ORDER, true>(at, sizeof(T));                \
-    T* const p = (T*)at;                               \
-    const T old = *p;                                  \
-    *p = (T)(expression);                              \
-    return old;                                        \
+#define CUEMU_ATOMIC(name, expression)                \
+  template <class T, int ORDER>                       \
+  CUEMU_INL T atomic_##name(unsigned char* at, T x) { \
+    access<ORDER, true>(at, sizeof(T));               \
+    T* const p = (T*)at;                              \
+    const T old = *p;                                 \
+    *p = (T)(expression);                             \
+    return old;                                       \
   }
 CUEMU_ATOMIC(add, old + x)
 CUEMU_ATOMIC(exch, x)
 CUEMU_ATOMIC(min, (min_of<false, T>(old, x)))
 CUEMU_ATOMIC(max, (max_of<false, T>(old, x)))
-CUEMU_ATOMIC(and, old & x)
+CUEMU_ATOMIC(and, old& x)
 CUEMU_ATOMIC(or, old | x)
 CUEMU_ATOMIC(xor, old ^ x)
 CUEMU_ATOMIC(inc, old >= x ? 0 : old + 1)

@@ -9,8 +9,8 @@ namespace restore_ext::cuda {
 namespace {
 
 constexpr unsigned kAll = 0xffffffffu;
-#define EXPECT(condition) \
-  do {                    \
+#define EXPECT(condition)                  \
+  do {                                     \
     if (!(condition)) atomicAdd(wrong, 1); \
   } while (0)
 
@@ -64,7 +64,8 @@ __global__ void grid_kernel(int* wrong, int* last) {
 }
 
 template <int kRounds>
-__global__ void __launch_bounds__(128) reverse_kernel(int* wrong) {  // through dynamic shared memory
+__global__ void __launch_bounds__(128)
+    reverse_kernel(int* wrong) {  // through dynamic shared memory
   DYNAMIC_SHARED(memory);
   int* row = reinterpret_cast<int*>(memory);
   const int t = threadIdx.x, other = blockDim.x - 1 - t;
@@ -112,12 +113,23 @@ __global__ void choose_kernel(int* wrong, const int* ways) {  // a jump table, a
   for (int i = 0; i < 6; ++i) table[i] = ways[i] * i;
   for (int i = 0; i < 6; ++i) {
     switch (ways[i]) {
-      case 0: sum += table[ways[5 - i]]; break;
-      case 1: sum -= 3; break;
-      case 2: sum ^= 77; break;
-      case 3: sum *= 5; break;
-      case 4: sum += table[(sum & 3) + 1]; break;
-      default: sum += 1000;
+      case 0:
+        sum += table[ways[5 - i]];
+        break;
+      case 1:
+        sum -= 3;
+        break;
+      case 2:
+        sum ^= 77;
+        break;
+      case 3:
+        sum *= 5;
+        break;
+      case 4:
+        sum += table[(sum & 3) + 1];
+        break;
+      default:
+        sum += 1000;
     }
   }
   *wrong += sum != 616;
@@ -156,7 +168,8 @@ cudaError_t all(int* wrong) {
   *wrong += last != 11;
   if (!error) error = launch(reverse_kernel<3>, dim3(2), dim3(128), 512, nullptr, wrong);
   if (!error) error = launch(reverse_kernel<2>, dim3(1), dim3(128), 200 << 10, nullptr, wrong);
-  if (!error) error = launch(atomic_kernel, dim3(2), dim3(32), 0, nullptr, wrong, keys, &sum, turns);
+  if (!error)
+    error = launch(atomic_kernel, dim3(2), dim3(32), 0, nullptr, wrong, keys, &sum, turns);
   if (!error)
     error = launch(atomic_results_kernel, dim3(1), dim3(1), 0, nullptr, wrong, keys, &sum, turns);
   if (!error) error = launch(packs_kernel, dim3(1), dim3(64), 0, nullptr, wrong, halves, copies);

@@ -60,7 +60,8 @@ __global__ void copy_left_open(int* out, const int* in) {
   out[threadIdx.x] = 0;
 }
 
-__global__ void copy_without_barrier(int* out, const int* in) {  // waited for, but by another thread
+__global__ void copy_without_barrier(int* out,
+                                     const int* in) {  // waited for, but by another thread
   DYNAMIC_SHARED(memory);
   int* row = reinterpret_cast<int*>(memory);
   row[4 * threadIdx.x] = 0;
@@ -174,7 +175,7 @@ extern "C" SELFTEST_EXPORT int selftest_fault(const char* fault, int* out, int* 
   RUN(exited_lane, 1, 32, 0, out);
   RUN(endless_wait, 1, 1, 0, out);
   if (!strcmp(fault, "too_many_threads"))
-    return launch(nothing, dim3(1), dim3(1056), 0, nullptr, out);
+    return launch(uninitialised_output, dim3(1), dim3(1056), 0, nullptr, out);
   if (!strcmp(fault, "more_than_launch_bounds"))
     return launch(nothing, dim3(1), dim3(96), 0, nullptr, out);
   if (!strcmp(fault, "too_much_shared"))
@@ -184,11 +185,14 @@ extern "C" SELFTEST_EXPORT int selftest_fault(const char* fault, int* out, int* 
   if (!strcmp(fault, "last_block"))
     return launch(last_block<true, true, true>, dim3(3), dim3(64), 0, nullptr, out, parts, counter);
   if (!strcmp(fault, "last_block_no_release"))
-    return launch(last_block<false, true, true>, dim3(3), dim3(64), 0, nullptr, out, parts, counter);
+    return launch(last_block<false, true, true>, dim3(3), dim3(64), 0, nullptr, out, parts,
+                  counter);
   if (!strcmp(fault, "last_block_no_acquire"))
-    return launch(last_block<true, false, true>, dim3(3), dim3(64), 0, nullptr, out, parts, counter);
+    return launch(last_block<true, false, true>, dim3(3), dim3(64), 0, nullptr, out, parts,
+                  counter);
   if (!strcmp(fault, "last_block_no_barrier"))
-    return launch(last_block<true, true, false>, dim3(3), dim3(64), 0, nullptr, out, parts, counter);
+    return launch(last_block<true, true, false>, dim3(3), dim3(64), 0, nullptr, out, parts,
+                  counter);
   RUN(last_block_all_fence, 3, 64, 0, out, parts, counter);
   return -1;
 }

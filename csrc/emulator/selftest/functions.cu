@@ -68,7 +68,8 @@ __global__ void exact_kernel(const Operands* operands, uint64_t* out, int slots)
   SAY(__funnelshift_l(o.u, o.v, o.w)), SAY(__funnelshift_r(o.u, o.v, o.w));
   SAY(__funnelshift_lc(o.u, o.v, o.w & 63)), SAY(__funnelshift_rc(o.u, o.v, o.w & 63));
   SAY(__hiloint2double(o.i, o.j)), SAY(__double2hiint(o.d)), SAY(__double2loint(o.d));
-  SAY(o.u >> 5 & 0x3ff), SAY(o.i << 7 >> 20), SAY((o.i > 0 ? o.f : o.g)), SAY(o.i < o.j && o.u > o.v);
+  SAY(o.u >> 5 & 0x3ff), SAY(o.i << 7 >> 20), SAY((o.i > 0 ? o.f : o.g)),
+      SAY(o.i < o.j && o.u > o.v);
   const __half a = __float2half_rn(o.f), b = __float2half_rn(o.g), c = __float2half_rn(o.h);
   SAY(a), SAY(__half2float(a)), SAY(__hadd(a, b)), SAY(__hmul(a, b)), SAY(__hsub(a, b));
   SAY(__hfma(a, b, c)), SAY(__hmax(a, b)), SAY(__hmin(a, b)), SAY(__hneg(a)), SAY(__hlt(a, b));

@@ -19,7 +19,8 @@ Names read_symbols(const char* path) {
   std::vector<char> file;
   if (FILE* f = fopen(path, "rb")) {
     char part[1 << 16];
-    for (size_t n; (n = fread(part, 1, sizeof part, f)) > 0;) file.insert(file.end(), part, part + n);
+    for (size_t n; (n = fread(part, 1, sizeof part, f)) > 0;)
+      file.insert(file.end(), part, part + n);
     fclose(f);
   }
   Names names;
