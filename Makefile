@@ -1,6 +1,6 @@
 # make demo    environment, build, and the main job: a picture and a question, answered on 64 of 576 tokens
 # make test    environment, build, all tests that need no GPU
-# make ci      make test, and format, lint, types, packaging and a short bench
+# make ci      make test, and format, lint, types, packaging, a short bench, and make check-cuda
 # make check-cuda      compiles the CUDA kernels and runs them on the CPU (no GPU); -all: everything
 # make check-abi       one binary under the oldest torch and the newest, with and without CUDA
 # make wheel wheel-cuda    wheels in dist/
@@ -12,14 +12,17 @@ OPS := $(filter-out require,$(basename $(notdir $(wildcard csrc/contracts/*.h)))
 OP_TESTS := $(sort $(foreach op,$(OPS),$(wildcard python_tests/test_$(op)*.py)))
 JOBS ?= 2
 
+# Of the hook's, those that see every stage of it; make check-cuda-all runs all on the CUDA kernels.
+HOOK_TESTS = $(if $(QUICK),python_tests/test_hf_decoding.py python_tests/test_hf_cache.py,\
+  $(wildcard python_tests/test_hf_*.py))
 # Of an operator's tests, what also runs with threads watched and from PTX, up to ten times slower: an
-# expression of pytest's -k, one for all, or QUICK_<file> for a file of its own. make check-cuda-all
-# runs all.
-QUICK_FOR_ALL := not same_bits and not many and not small_random and not more_groups \
+# expression of pytest's -k. make check-cuda-all runs all, on every instantiation.
+QUICK ?= --quick
+FEW := not same_bits and not many and not small_random and not more_groups \
   and not 576 and not 704 and not 1024 and (not means_what or bfloat16)
-OF := $(OP_TESTS:python_tests/test_%.py=%)
-OR := ) or (
-QUICK := ($(subst $(OR) end,,$(foreach o,$(OF),test_$(o).py and ($(or $(QUICK_$(o)),$(QUICK_FOR_ALL)))$(OR)) end))
+FEW_check := $(FEW)
+FEW_ptx80 := $(FEW) and not 96 and not 128 and (not float16 or bfloat16)
+FEW_ptx90a := $(FEW_ptx80)
 
 .PHONY: demo test ci build style types wheel wheel-cuda bench-smoke cmake matrix pocket-table clean
 .PHONY: check-abi check-cuda check-cuda-all cuda-compiles
@@ -31,7 +34,7 @@ demo: build
 test: build
 	$(BIN)/python -m pytest
 
-ci: test style types wheel cmake bench-smoke
+ci: test style types wheel cmake bench-smoke check-cuda
 
 $(VENV)/ready: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -63,14 +66,15 @@ check-abi: wheel-cuda
 	$(BIN)/python tools/check_abi.py dist/cuda13/*.whl
 
 # The CUDA kernels where there is no GPU: compiled for every architecture, and run on the CPU.
-check-cuda: build
-	$(MAKE) -j$(JOBS) VENV=$(VENV) cuda-compiles emulate-tests emulate-source emulate-check \
-	  emulate-ptx80 emulate-ptx90a
+check-cuda: build cuda-compiles
+	$(BIN)/python tools/emulator.py modules source check ptx80 ptx90a $(QUICK)
+	$(MAKE) -j$(JOBS) VENV=$(VENV) emulate-tests emulate-source emulate-check emulate-ptx80 \
+	  emulate-ptx90a
 
-# The same with every test in every mode, then with bugs planted, each of which must be caught.
-check-cuda-all: build
-	$(MAKE) -j$(JOBS) VENV=$(VENV) cuda-compiles emulate-tests emulate-source
-	$(MAKE) -j$(JOBS) VENV=$(VENV) QUICK= emulate-check emulate-ptx80 emulate-ptx90a
+# The same with every test on every instance in every mode, then with bugs planted, each of which
+# must be caught.
+check-cuda-all:
+	$(MAKE) VENV=$(VENV) QUICK= check-cuda
 	$(BIN)/python tools/mutate_kernels.py
 
 cuda-compiles: $(VENV)/ready
@@ -80,11 +84,11 @@ emulate-tests:
 	$(BIN)/python -m pytest python_tests/emulator
 
 emulate-source:
-	$(BIN)/python -m pytest $(OP_TESTS) --emulator $$($(BIN)/python tools/emulator.py source)
+	$(BIN)/python -m pytest $(OP_TESTS) $(HOOK_TESTS) --emulator $$($(BIN)/python tools/emulator.py source $(QUICK))
 
 emulate-check emulate-ptx80 emulate-ptx90a: emulate-%:
-	$(BIN)/python -m pytest $(OP_TESTS) -k "$(QUICK)" \
-	  --emulator $$($(BIN)/python tools/emulator.py $*)
+	$(BIN)/python -m pytest $(OP_TESTS) $(if $(QUICK),-k "$(FEW_$*)") \
+	  --emulator $$($(BIN)/python tools/emulator.py $* $(QUICK))
 
 cmake: $(VENV)/ready
 	$(BIN)/cmake -S . -B build/cmake -DPython_EXECUTABLE=$(abspath $(BIN)/python) > /dev/null

@@ -1,6 +1,6 @@
 """Builds the CUDA kernels for the CPU: the same entries and .cu files, run by csrc/emulator.
 
-python tools/emulator.py MODE [--only OP ...]     prints the path of the library it built
+python tools/emulator.py MODE ... [--only OP ...] [--quick]     prints the paths of what it built
 
 source   the kernels as C++
 check    the same, every access watched: races, bounds, uninitialised reads, async misuse
@@ -10,10 +10,13 @@ modules  the emulator itself as a Python module, once for every mode (docs/emula
 
 A library registers the CUDA bodies as torch.ops.restore_ext_emulated.* on the CPU; pytest's
 --emulator (python_tests/conftest.py) puts them under restore_ext.ops. With --only, the entries and
-kernels whose file names begin with one of the names, and what all share.
+kernels whose file names begin with one of the names, and what all share. With --quick the PTX modes
+have one instantiation per path: no float16, attention's tiles for head size 64 alone. Launching one
+that was left out is an error.
 """
 
 import argparse
+import fcntl
 import os
 import subprocess
 import sys
@@ -27,6 +30,7 @@ CUDA = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
 TORCH = Path(torch.__file__).parent
 MODES = ("source", "check", "ptx80", "ptx90a")
 SHARED = ("device.cu", "entry.cpp")
+NOT_IN_QUICK = "6__half|(prefill|decode|hopper)_kernelI.*Li(96|128)E"
 
 HEADERS = f"-isystem {CUDA}/include -isystem {CUDA}/include/cccl"
 # -fno-gnu-unique: libraries of several modes may live in one process.
@@ -54,20 +58,22 @@ rule ptx
     -o $out
   depfile = $out.d
 rule translate
-  command = {sys.executable} csrc/emulator/ptx2cpp.py $in > $out || (rm -f $out; false)
+  command = {sys.executable} csrc/emulator/ptx2cpp.py $in $skip > $out || (rm -f $out; false)
 rule link
   command = g++ -shared $in -o $out $libraries
 """
 
 
 class Build:
-    """The statements of a build file. Objects lie in a folder of their own."""
+    """The statements of a build file. Objects lie in one folder: what modes share is built once."""
 
-    def __init__(self, folder: str, to_run_long: bool = True) -> None:
-        self.folder = folder
+    folder = "build/emulator/objects"
+
+    def __init__(self, to_run_long: bool = True, skip: str = "") -> None:
+        self.skip = skip
         # How the kernels' C++, and that from their PTX, are optimised.
         self.kernel_level, self.ptx_level = ("-O2", "-O1") if to_run_long else ("-O1", "-O0")
-        self.lines = [f"builddir = {folder}", RULES]
+        self.lines = [f"builddir = {self.folder}", RULES]
         self.made: set[str] = set()
 
     def compile(self, source: str, flags: str, name: str = "") -> str:
@@ -86,9 +92,11 @@ class Build:
         if mode.startswith("ptx") and Path(source).name not in SHARED:
             ptx = f"{self.folder}/{mode}.{Path(source).stem}.ptx"
             translator = " ".join(relative("csrc/emulator/ptx*.py"))
+            cpp = f"{ptx}.{'quick.' if self.skip else ''}cpp"
             self.lines += [f"build {ptx}: ptx {source}\n  arch = {mode[3:]}"]
-            self.lines += [f"build {ptx}.cpp: translate {ptx} | {translator}"]
-            objects.append(self.compile(f"{ptx}.cpp", f"{TRANSLATED} {self.ptx_level}"))
+            self.lines += [f"build {cpp}: translate {ptx} | {translator}"]
+            self.lines += [f"  skip = --skip '{self.skip}'"] if self.skip else []
+            objects.append(self.compile(cpp, f"{TRANSLATED} {self.ptx_level}"))
         return objects
 
     def emulator(self, mode: str) -> list[str]:
@@ -100,44 +108,47 @@ class Build:
         self.lines.append(f"build {library}: link {' '.join(objects)}\n  libraries = {libraries}")
         return library
 
-    def run(self, file: Path) -> None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        text = "\n".join(self.lines) + "\n"
-        if not file.exists() or file.read_text() != text:
-            file.write_text(text)
-        command = [Path(sys.executable).parent / "ninja", "-C", ROOT, "-f", file, "-j2", "--quiet"]
-        subprocess.run(command, check=True, stdout=sys.stderr)
+    def run(self) -> None:
+        folder = ROOT / self.folder
+        folder.mkdir(parents=True, exist_ok=True)
+        ninja = Path(sys.executable).parent / "ninja"
+        with (folder / "lock").open("w") as lock:  # ninja does not expect another in its folder
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            (folder / "build.ninja").write_text("\n".join(self.lines) + "\n")
+            command = [ninja, "-C", ROOT, "-f", folder / "build.ninja", "-j2", "--quiet"]
+            subprocess.run(command, check=True, stdout=sys.stderr)
 
 
 def relative(pattern: str) -> list[str]:
     return sorted(str(p.relative_to(ROOT)) for p in ROOT.glob(pattern))
 
 
-def library(mode: str, only: list[str]) -> Path:
-    """The operators of `only`, or all, in one mode."""
-    name = "-".join([mode, *only])
-    build = Build(f"build/emulator/{name}.d")
+def libraries(modes: list[str], only: list[str], quick: bool) -> list[Path]:
+    """The operators of `only`, or all, in each mode."""
+    build = Build(skip=NOT_IN_QUICK if quick else "")
 
     def wanted(source: str) -> bool:
         file = Path(source).name
         return not only or file in SHARED or any(file.startswith(o) for o in only)
 
-    objects = build.emulator(mode)
-    for source in filter(wanted, relative("csrc/cuda/*.cu")):
-        objects += build.kernels(source, mode)
-    entries = [s for s in relative("csrc/cuda/*.cpp") if not s.endswith("/entry.cpp")]
-    for source in [*filter(wanted, entries), "csrc/emulator/entry.cpp", "csrc/schema.cpp"]:
-        objects.append(build.compile(source, ENTRY))
-    path = ROOT / f"build/emulator/{name}.so"
-    build.link(path, objects, f"-L{TORCH}/lib -ltorch_cpu -lc10")
-    build.run(path.with_suffix(".ninja"))
-    return path
+    sources = [s for s in relative("csrc/cuda/*.cpp") if not s.endswith("/entry.cpp")]
+    sources = [*filter(wanted, sources), "csrc/emulator/entry.cpp", "csrc/schema.cpp"]
+    entries = [build.compile(source, ENTRY) for source in sources]
+    paths = []
+    for mode in modes:
+        objects = [*entries, *build.emulator(mode)]
+        for source in filter(wanted, relative("csrc/cuda/*.cu")):
+            objects += build.kernels(source, mode)
+        path = ROOT / f"build/emulator/{'-'.join([mode, *only, *['quick'] * quick])}.so"
+        paths.append(build.link(path, objects, f"-L{TORCH}/lib -ltorch_cpu -lc10"))
+    build.run()
+    return paths
 
 
 def modules() -> dict[str, Path]:
     """The Python modules: the emulator's controls, device wrappers and own tests in every mode, or
     those in CUEMU_MODES."""
-    build = Build("build/emulator/modules.d", to_run_long=False)
+    build = Build(to_run_long=False)
     sources = ["csrc/emulator/wrappers.cu", *relative("csrc/emulator/selftest/*.cu")]
     paths = {}
     for mode in os.environ.get("CUEMU_MODES", " ".join(MODES)).split():
@@ -148,16 +159,17 @@ def modules() -> dict[str, Path]:
                 continue
             objects += build.kernels(source, mode)
         paths[mode] = build.link(ROOT / f"build/emulator/cuemu-{mode}.so", objects)
-    build.run(ROOT / "build/emulator/modules.ninja")
+    build.run()
     return paths
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("mode", choices=[*MODES, "modules"])
+    parser.add_argument("mode", nargs="+", choices=[*MODES, "modules"])
     parser.add_argument("--only", nargs="+", default=[], metavar="OP")
+    parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
-    if arguments.mode == "modules":
-        print(*modules().values(), sep="\n")
-    else:
-        print(library(arguments.mode, arguments.only))
+    made = [*modules().values()] if "modules" in arguments.mode else []
+    if modes := [mode for mode in MODES if mode in arguments.mode]:
+        made += libraries(modes, arguments.only, arguments.quick)
+    print(*made, sep="\n")

@@ -1,6 +1,6 @@
 """Translates nvcc's PTX, inline asm included, to C++ that runs on the emulator's fibers.
 
-python csrc/emulator/ptx2cpp.py KERNELS.ptx > KERNELS.cpp
+python csrc/emulator/ptx2cpp.py KERNELS.ptx [--skip REGEX] > KERNELS.cpp
 
 A kernel becomes a function of its parameter block; a register becomes a local variable, a branch
 a goto, a predicate an if. What an instruction becomes is a rule in ptx_rules.py,
@@ -8,8 +8,8 @@ ptx_memory_rules.py or ptx_tensor_rules.py; what the C++ calls is in include/ptx
 without a rule stops the translation with its name.
 """
 
+import argparse
 import re
-import sys
 
 import ptx_memory_rules
 import ptx_rules
@@ -315,8 +315,10 @@ class Module:
                 f"alignas({align}) static {C_TYPE[type]} {own}[{size or 1}] = {{{data}}};"
             )
 
-    def kernels(self):
+    def kernels(self, skip=None):
         for found in re.finditer(r"\.entry\s+([\w$]+)\s*\((.*?)\)([^{]*)\{", self.text, re.S):
+            if skip and re.search(skip, found[1]):
+                continue
             depth, end = 1, found.end()
             while depth:
                 depth += (self.text[end] == "{") - (self.text[end] == "}")
@@ -325,12 +327,16 @@ class Module:
 
 
 def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("files", nargs="+")
+    parser.add_argument("--skip", help="kernels left out: what is found in their mangled names")
+    arguments = parser.parse_args()
     print('#include <cuda.h>\n#include "ptx_rt.h"\n#include "cuemu_hopper.h"')
     print("using namespace cuemu::ptx;")
-    for path in sys.argv[1:]:
+    for path in arguments.files:
         with open(path) as file:
             module = Module(file.read())
-        kernels = list(module.kernels())
+        kernels = list(module.kernels(arguments.skip))
         print("namespace {", *module.tables, *(k.text() for k in kernels), "}", sep="\n")
 
 

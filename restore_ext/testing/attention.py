@@ -174,6 +174,8 @@ KERNEL_CASES = [
     AttentionCase(Hq=2, Hkv=2, Lq=130, Lk=200, D=128, positions="shuffled", causal=False),
     AttentionCase(Hq=2, Hkv=2, Lq=130, Lk=130, D=96, positions=None, sizes=False, P=16),
     AttentionCase(Hq=2, Hkv=2, Lq=130, Lk=130, D=96, positions=None, sizes=False, P=0),
+    AttentionCase(Hq=1, Hkv=1, Lq=300, Lk=300, D=64, positions=None, P=20, causal=False),
+    AttentionCase(Hq=1, Hkv=1, Lq=130, Lk=300, D=64, positions=None, P=100),
     AttentionCase(B=2, Hq=4, Hkv=2, Lq=260, Lk=260, D=64, axes=3, P=512, positions="mrope"),
     AttentionCase(Hq=2, Hkv=2, Lq=150, Lk=150, D=64, axes=3, P=512, positions="far"),
     AttentionCase(Hq=2, Hkv=2, Lq=60, Lk=255, D=64, axes=3, P=64, positions="apart"),

@@ -279,6 +279,17 @@ void cuemu_register(const void* p, size_t bytes, int initialised, const char* na
   const char* begin = static_cast<const char*>(p);
   Buffer b{begin, begin + bytes, name, std::vector<Cell>(bytes)};
   for (Cell& cell : b.cells) cell.written = initialised;
+  // Two tensors may be views of one storage: what overlaps is one buffer from here on.
+  auto other = buffers.upper_bound(b.begin);
+  while (other != buffers.end() && other->second.begin < b.end) {
+    const Buffer old = std::move(other->second);
+    other = buffers.erase(other);
+    const auto first = std::min(b.begin, old.begin), past = std::max(b.end, old.end);
+    std::vector<Cell> cells(past - first);
+    std::copy(b.cells.begin(), b.cells.end(), cells.begin() + (b.begin - first));
+    std::copy(old.cells.begin(), old.cells.end(), cells.begin() + (old.begin - first));
+    b = {first, past, old.name, std::move(cells)};
+  }
   buffers[b.end] = std::move(b);
 }
 
