@@ -52,4 +52,11 @@ RESTORE_EXT_LIBRARY(m) {
       "Tensor block_table, Tensor seqlens, Tensor? log_size, Tensor? query_position, "
       "Tensor? key_position, Tensor? decay, float softcap, float? scale) "
       "-> (Tensor out, Tensor lse)");
+
+  // The attention of R rows of queries, their mean over the heads, summed by key.
+  // query [B, Hq, R, D], key [B, Hkv, K, D] -> score [B, K]
+  m.def(
+      "row_scores(Tensor query, Tensor key, Tensor? weight, Tensor? log_size, "
+      "Tensor? query_position, Tensor? key_position, Tensor? decay, Tensor? key_range, "
+      "float softcap, float? scale) -> Tensor");
 }

@@ -279,6 +279,61 @@ def _(query, *_):
     return query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=torch.float32)
 
 
+def row_scores(
+    query: Tensor,
+    key: Tensor,
+    *,
+    weight: Tensor | None = None,
+    log_size: Tensor | None = None,
+    query_position: Tensor | None = None,
+    key_position: Tensor | None = None,
+    decay: Tensor | None = None,
+    key_range: Tensor | None = None,
+    softcap: float = 0.0,
+    scale: float | None = None,
+) -> Tensor:
+    """What some rows of queries attend to: the mean over heads of their attention, summed by key.
+
+    score[k] = sum over rows r of weight[r] * mean over heads of softmax_k(logit[r, k]), with the
+    logit of `calibrated_attention`. One row is the last prompt token (FastV, arXiv 2403.06764) or a
+    class token, a few are text raters (SparseVLM, arXiv 2410.04417), all under a causal key_range
+    are the mean attention that a key receives. No attention matrix is stored, however many rows:
+    the log-sum-exp of every row comes first, then the logits once more, column by column.
+
+    query           [B, Hq, R, D], D in 32..256 in steps of 8
+    key             [B, Hkv, K, D] in query's dtype; Hq is a multiple of Hkv and not 0
+    weight          [B, R] float32, what a row counts for; 1 / R each by default. A row of weight 0
+                    is left out, even if there is NaN in it
+    log_size        [B, K] float32; -inf is padding, and what lies there is never read
+    query_position  [B, R] or [B, G, R] int32; both positions, or neither: then the index counts and
+    key_position    [B, K] or [B, G, K] int32    the rows are the last R; without G the position is
+                    the same on every axis
+    decay           [P] or [G, P] float32, see rope_decay; a distance beyond it uses its last entry
+    key_range       [B, R, 2] int32, first and past-last key a row sees; all by default
+    softcap, scale  as in calibrated_attention
+
+    returns  [B, K] float32. A key that a row does not see gets 0 from it, a row that sees nothing
+             adds nothing, one that sees a NaN logit (or +inf) gives NaN to every key that it sees.
+    """
+    return _ops.row_scores(
+        query,
+        key,
+        weight,
+        log_size,
+        query_position,
+        key_position,
+        decay,
+        key_range,
+        softcap,
+        scale,
+    )
+
+
+@torch.library.register_fake("restore_ext::row_scores")
+def _(query, key, *_):
+    return query.new_empty(key.shape[0], key.shape[2], dtype=torch.float32)
+
+
 def _budget(k: int | Tensor, most: int | None, x: Tensor) -> tuple[int, Tensor | None]:
     """A budget as the schemas take it: the width of the output, and what each row may use of it."""
     if isinstance(k, Tensor):
@@ -297,3 +352,4 @@ _refuse_gradient("score_anchors", "restore_ext.reference.score_anchors")
 _refuse_gradient("merge_tokens", "restore_ext.reference.merge_tokens")
 _refuse_gradient("calibrated_attention", 'restore_ext.attach(..., backend="mask")')
 _refuse_gradient("calibrated_attention_paged", 'restore_ext.attach(..., backend="mask")')
+_refuse_gradient("row_scores", "restore_ext.reference.row_scores")

@@ -160,20 +160,12 @@ def calibrated_attention(
     scale: float | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    B, Hq, Lq, D = query.shape
-    Lk = key.shape[2]
-    repeat = Hq // key.shape[1]
     if log_size is not None:  # what lies under padding, NaN even, is never read
-        padding = (log_size == NEVER)[:, None, :, None]
-        key, value = key.masked_fill(padding, 0), value.masked_fill(padding, 0)
-    key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
-    logit = query @ key.mT * (D**-0.5 if scale is None else scale)
-    if softcap > 0:
-        logit = softcap * torch.tanh(logit / softcap)
+        value = value.masked_fill((log_size == NEVER)[:, None, :, None], 0)
     bias = attention_bias(
-        B,
-        Lq,
-        Lk,
+        len(query),
+        query.shape[2],
+        key.shape[2],
         log_size=log_size,
         query_position=query_position,
         key_position=key_position,
@@ -183,10 +175,10 @@ def calibrated_attention(
         dtype=query.dtype,
         device=query.device,
     )
-    logit = torch.where(bias == NEVER, NEVER, logit + bias)  # NaN, if seen, makes its row NaN
+    logit = _logits(query, key, bias, log_size, softcap, scale)
     lse = logit.logsumexp(-1)
     share = torch.where(lse[..., None] == NEVER, 0, (logit - lse[..., None]).exp())
-    out = share @ value
+    out = share @ value.repeat_interleave(query.shape[1] // value.shape[1], 1)
     return (out, lse) if return_lse else out
 
 
@@ -235,6 +227,42 @@ def calibrated_attention_paged(
     return (out, lse) if return_lse else out
 
 
+def row_scores(
+    query: Tensor,
+    key: Tensor,
+    *,
+    weight: Tensor | None = None,
+    log_size: Tensor | None = None,
+    query_position: Tensor | None = None,
+    key_position: Tensor | None = None,
+    decay: Tensor | None = None,
+    key_range: Tensor | None = None,
+    softcap: float = 0.0,
+    scale: float | None = None,
+) -> Tensor:
+    B, _, R, _ = query.shape
+    bias = attention_bias(
+        B,
+        R,
+        key.shape[2],
+        log_size=log_size,
+        query_position=query_position,
+        key_position=key_position,
+        decay=decay,
+        causal=False,
+        key_range=key_range,
+        dtype=query.dtype,
+        device=query.device,
+    )
+    logit = _logits(query, key, bias, log_size, softcap, scale)
+    blind = (logit == NEVER).all(-1, keepdim=True)
+    share = torch.where(blind | (bias == NEVER), 0, logit.softmax(-1))  # [B, Hq, R, K]
+    if weight is None:
+        weight = query.new_full((B, R), 1 / max(R, 1))
+    weight = weight.to(query.dtype)[..., None]  # [B, R, 1]
+    return torch.where(weight == 0, 0, weight * share.mean(1)).sum(1)
+
+
 def attention_bias(
     B: int,
     Lq: int,
@@ -269,6 +297,24 @@ def attention_bias(
         first, past = key_range[:, None, :, :1], key_range[:, None, :, 1:]
         bias = bias.masked_fill((columns < first) | (columns >= past), NEVER)
     return bias
+
+
+def _logits(
+    query: Tensor,
+    key: Tensor,
+    bias: Tensor,
+    log_size: Tensor | None,
+    softcap: float,
+    scale: float | None,
+) -> Tensor:
+    """[B, Hq, Lq, Lk]; -inf where a key is unseen, whatever lies there."""
+    if log_size is not None:
+        key = key.masked_fill((log_size == NEVER)[:, None, :, None], 0)
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+    logit = query @ key.mT * (query.shape[3] ** -0.5 if scale is None else scale)
+    if softcap > 0:
+        logit = softcap * torch.tanh(logit / softcap)
+    return torch.where(bias == NEVER, NEVER, logit + bias)  # NaN, if seen, makes its row NaN
 
 
 def _axes(position: Tensor | None, index: Tensor, B: int) -> Tensor:

@@ -3,6 +3,8 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <cmath>
+
 namespace restore_ext::cpu {
 
 void Heads::read(int64_t b, int64_t h, int64_t i, int64_t D, float* row) const {
@@ -16,6 +18,31 @@ void Heads::read(int64_t b, int64_t h, int64_t i, int64_t D, float* row) const {
   const auto convert = dtype == ScalarType::Half ? kernels().from_half : kernels().from_bfloat16;
   if (stride_d == 1) return convert(from, row, D);
   for (int64_t d = 0; d < D; ++d) convert(from + d * stride_d, row + d, 1);
+}
+
+bool AttentionParams::has_padding(int64_t b, Range keys) const {
+  for (int64_t j = keys.first; j < keys.past; ++j) {
+    if (is_padding(b, j)) return true;
+  }
+  return false;
+}
+
+const float* AttentionParams::rows_of(const Heads& heads, int64_t b, int64_t h, Range keys,
+                                      bool copy, std::vector<float>& scratch,
+                                      int64_t& stride) const {
+  const float* row = heads.in_place(b, h, keys.first);
+  stride = heads.stride_l;
+  if (row && !copy) return row;
+  stride = size.D;
+  for (int64_t j = keys.first; j < keys.past; ++j) {
+    float* to = &scratch[(j - keys.first) * stride];
+    if (is_padding(b, j)) {
+      std::fill_n(to, stride, 0.f);
+    } else {
+      heads.read(b, h, j, stride, to);
+    }
+  }
+  return scratch.data();
 }
 
 void AttentionParams::fill_bias(int64_t b, int64_t i, int64_t first, int64_t count, Range seen,
@@ -74,6 +101,43 @@ void AttentionParams::finish(int64_t b, int64_t h, int64_t i, float max, float s
     default:
       return write(static_cast<float*>(out) + row * D);
   }
+}
+
+AttentionParams AttentionArguments::params(const Sizes& size, const Tensor& query,
+                                           const Tensor& key, const Tensor& value, double softcap,
+                                           std::optional<double> scale) {
+  for (auto* t : {&log_size, &query_position, &key_position, &decay, &key_range}) {
+    if (*t) *t = torch::stable::contiguous(**t);
+  }
+  const bool decay_is_log = decay && size.G == 1;
+  log_decay.resize(decay_is_log ? size.P : 0);
+  for (size_t distance = 0; distance < log_decay.size(); ++distance) {
+    log_decay[distance] = std::log(2.f - decay->const_data_ptr<float>()[distance]);
+  }
+  const auto positions = [&size](const contract::OptionalTensor& t, int64_t L, int64_t start) {
+    if (!t) return Positions{nullptr, 0, 0, start};
+    const bool has_axes = t->dim() == 3;
+    return Positions{t->const_data_ptr<int32_t>(), has_axes ? size.G * L : L, has_axes ? L : 0, 0};
+  };
+  return {
+      .size = size,
+      .query = Heads(query),
+      .key = Heads(key),
+      .value = Heads(value),
+      .log_size = log_size ? log_size->const_data_ptr<float>() : nullptr,
+      .query_position = positions(query_position, size.Lq, size.Lk - size.Lq),
+      .key_position = positions(key_position, size.Lk, 0),
+      .decay = decay_is_log ? log_decay.data()
+               : decay      ? decay->const_data_ptr<float>()
+                            : nullptr,
+      .decay_is_log = decay_is_log,
+      .key_range = key_range ? key_range->const_data_ptr<int32_t>() : nullptr,
+      .causal = false,
+      .softcap = static_cast<float>(softcap),
+      .scale = static_cast<float>(scale.value_or(1 / std::sqrt(static_cast<double>(size.D)))),
+      .out = nullptr,
+      .lse = nullptr,
+  };
 }
 
 }  // namespace restore_ext::cpu

@@ -71,6 +71,11 @@ struct AttentionParams {
   bool is_padding(int64_t b, int64_t j) const {
     return log_size && log_size[b * size.Lk + j] == kNever;
   }
+  bool has_padding(int64_t b, Range keys) const;
+
+  // The rows of some keys: where they lie, or a copy of them with zeros under padding.
+  const float* rows_of(const Heads& heads, int64_t b, int64_t h, Range keys, bool copy,
+                       std::vector<float>& scratch, int64_t& stride) const;
 
   // What query i's logits gain over keys [first, first + count): log_size + log(2 - decay), and
   // -inf where the key is not `seen`.
@@ -78,6 +83,17 @@ struct AttentionParams {
 
   // Ends a row: divides its sum of values by its sum of weights. A row that saw nothing is zeros.
   void finish(int64_t b, int64_t h, int64_t i, float max, float sum, float* values) const;
+};
+
+// The optional arguments, dense: small beside the heads, which are read where they lie. With one
+// axis there are few distances and many pairs: their logarithms are taken once.
+struct AttentionArguments {
+  contract::OptionalTensor log_size, query_position, key_position, decay, key_range;
+  std::vector<float> log_decay;
+
+  // Of this and the tensors, which must outlive them; without an output, and not causal.
+  AttentionParams params(const Sizes& size, const Tensor& query, const Tensor& key,
+                         const Tensor& value, double softcap, std::optional<double> scale);
 };
 
 // `like` is a tensor on the CPU, whose allocator gives the workspace.

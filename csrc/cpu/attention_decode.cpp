@@ -44,31 +44,6 @@ struct Scratch {
       : query(rows * D), key(kKeys * D), value(kKeys * D), bias(rows * kKeys) {}
 };
 
-bool has_padding(const AttentionParams& p, int64_t b, Range keys) {
-  for (int64_t j = keys.first; j < keys.past; ++j) {
-    if (p.is_padding(b, j)) return true;
-  }
-  return false;
-}
-
-// The rows of a block: where they lie, or a copy of them with zeros under padding.
-const float* rows_of(const AttentionParams& p, const Heads& heads, int64_t b, int64_t h, Range keys,
-                     bool copy, std::vector<float>& scratch, int64_t& stride) {
-  const float* row = heads.in_place(b, h, keys.first);
-  stride = heads.stride_l;
-  if (row && !copy) return row;
-  stride = p.size.D;
-  for (int64_t j = keys.first; j < keys.past; ++j) {
-    float* to = &scratch[(j - keys.first) * stride];
-    if (p.is_padding(b, j)) {
-      std::fill_n(to, stride, 0.f);
-    } else {
-      heads.read(b, h, j, stride, to);
-    }
-  }
-  return scratch.data();
-}
-
 void attend(const AttentionParams& p, Partial& partial, int64_t task, Scratch& s) {
   const int64_t D = partial.D, rows = partial.rows, repeat = p.size.Hq / p.size.Hkv;
   const int64_t b = task / partial.splits / p.size.Hkv, h = task / partial.splits % p.size.Hkv;
@@ -91,7 +66,7 @@ void attend(const AttentionParams& p, Partial& partial, int64_t task, Scratch& s
     for (int64_t r = p.size.Lq; r < rows; ++r) {
       std::copy_n(&s.bias[r % p.size.Lq * kKeys], kKeys, &s.bias[r * kKeys]);
     }
-    const bool copy = has_padding(p, b, keys);
+    const bool copy = p.has_padding(b, keys);
     DecodeTask block{
         .rows = rows,
         .keys = keys.past - first,
@@ -110,8 +85,8 @@ void attend(const AttentionParams& p, Partial& partial, int64_t task, Scratch& s
         .max = max,
         .sum = sum,
     };
-    block.key = rows_of(p, p.key, b, h, keys, copy, s.key, block.key_stride);
-    block.value = rows_of(p, p.value, b, h, keys, copy, s.value, block.value_stride);
+    block.key = p.rows_of(p.key, b, h, keys, copy, s.key, block.key_stride);
+    block.value = p.rows_of(p.value, b, h, keys, copy, s.value, block.value_stride);
     kernels().decode(block);
   }
 }

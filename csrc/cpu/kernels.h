@@ -79,6 +79,13 @@ struct Kernels {
   // The dot products of one vector with each of some rows of D floats.
   void (*dot_rows)(const float* x, const float* row, int64_t stride, int64_t rows, int64_t D,
                    float* out);
+  // A row of products, in whole vectors, and what they gain (-inf: unseen), become the weights
+  // exp(logit - max); the row's running maximum and sum of weights take them up.
+  void (*sum_weights)(float* product, const float* bias, int64_t count, float scale, float softcap,
+                      float& max, float& sum);
+  // Or, once these are known, factor * exp(logit - max), and 0 where unseen.
+  void (*share_weights)(float* product, const float* bias, int64_t count, float scale,
+                        float softcap, float max, float factor);
   void (*attend)(const AttendTask& task);
   void (*decode)(const DecodeTask& task);
 };

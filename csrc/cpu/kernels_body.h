@@ -103,17 +103,20 @@ void multiply(const float* a, int64_t a_stride, const float* b, int64_t inner, f
   tile<kRows, kVectors>(a, a_stride, b, kPanel, c, c_stride, inner, add);
 }
 
+// Products that a softcap bends; returns the scale that is left to apply.
+inline float bend(float* product, Range columns, float scale, float softcap) {
+  if (softcap <= 0) return scale;
+  for (int64_t j = columns.first; j < columns.past; ++j) {
+    product[j] = softcap * std::tanh(product[j] * scale / softcap);
+  }
+  return 1.f;
+}
+
 // Turns `columns` (whole vectors) of a row of products into weights exp(logit - max), and rescales
 // to the new maximum what the row has summed so far.
 inline void weigh(float* logit, const float* bias, Range columns, float scale, float softcap,
                   float& max, float& sum, float* out, int64_t Dp) {
-  if (softcap > 0) {
-    for (int64_t j = columns.first; j < columns.past; ++j) {
-      logit[j] = softcap * std::tanh(logit[j] * scale / softcap);
-    }
-    scale = 1.f;
-  }
-  const Floats never = broadcast(kNever), factor = broadcast(scale);
+  const Floats never = broadcast(kNever), factor = broadcast(bend(logit, columns, scale, softcap));
   Floats most = broadcast(max);
   for (int64_t j = columns.first; j < columns.past; j += kLanes) {
     const Floats gain = load(bias + j);
@@ -137,6 +140,22 @@ inline void weigh(float* logit, const float* bias, Range columns, float scale, f
     max = new_max;
   }
   sum += total(weights);
+}
+
+void sum_weights(float* product, const float* bias, int64_t count, float scale, float softcap,
+                 float& max, float& sum) {
+  weigh(product, bias, {0, count}, scale, softcap, max, sum, nullptr, 0);
+}
+
+void share_weights(float* product, const float* bias, int64_t count, float scale, float softcap,
+                   float max, float factor) {
+  const Floats slope = broadcast(bend(product, {0, count}, scale, softcap));
+  for (int64_t j = 0; j < count; j += kLanes) {
+    const Floats gain = load(bias + j);
+    const Floats weight = exp_of_negative(fma(load(product + j), slope, gain) - max) * factor;
+    // What is not seen gets nothing from a row of NaN either.
+    store(product + j, gain == broadcast(kNever) ? Floats{} : weight);
+  }
 }
 
 void attend(const AttendTask& t) {

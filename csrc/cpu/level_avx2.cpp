@@ -48,6 +48,8 @@ const Kernels kernels_avx2{
     .pack_panel = pack_panel,
     .multiply = multiply,
     .dot_rows = dot_rows,
+    .sum_weights = sum_weights,
+    .share_weights = share_weights,
     .attend = attend,
     .decode = decode,
 };
