@@ -11,6 +11,7 @@ from bench.provider import Given
 from restore_ext import ops
 from restore_ext.testing.attention import AttentionCase
 from restore_ext.testing.paged import PagedCase
+from restore_ext.testing.row_scores import RowScoresCase
 from restore_ext.testing.tokens import MergeCase, TokenCase
 
 
@@ -73,12 +74,17 @@ PAGED = [
     PagedCase(Hq=4, Hkv=2, D=128, lengths=(300, 41)),
     PagedCase(Hq=4, Hkv=2, Lq=3, D=64, lengths=(100, 61), P=64, positions="merged", holes=True),
 ]
+ROW_SCORES = [
+    RowScoresCase(B=2, Hq=8, Hkv=2, Lq=1, Lk=700, D=128, P=0),
+    RowScoresCase(B=2, Hq=4, Hkv=2, Lq=90, Lk=90, D=64, ranges="causal", weights="some"),
+]
 PROBLEMS = [
     *[Problem(op, case, make) for op, make in TOKENS.items() for case in (PLAIN, RAGGED)],
     Problem("merge_tokens", MergeCase(B=2, N=150, M=9, C=72), given_by_case),
     Problem("merge_tokens", MergeCase(B=1, N=700, M=2, C=33), given_by_case),  # long groups
     *[Problem("calibrated_attention", case, given_by_case) for case in ATTENTION],
     *[Problem("calibrated_attention_paged", case, given_by_case) for case in PAGED],
+    *[Problem("row_scores", case, given_by_case) for case in ROW_SCORES],
 ]
 
 # Too large to be compared with the CPU: for what is launched only when there is a lot to do.
@@ -90,6 +96,10 @@ LARGE = [
         for H, L in ((8, 4096), (2, 4096), (2, 1))
     ],
     Problem("calibrated_attention_paged", PagedCase(Lq=8, lengths=(4096, 9000)), given_by_case),
+    *[
+        Problem("row_scores", RowScoresCase(Hq=8, Hkv=2, Lq=L, Lk=4096), given_by_case)
+        for L in (1, 4096)
+    ],
 ]
 
 

@@ -22,6 +22,7 @@ OPERATORS = (
     "select_diverse",
     "calibrated_attention",
     "calibrated_attention_paged",
+    "row_scores",
 )
 REDUCE = OPERATORS[:6]
 WATCHED = {  # every allocation on its own, so that no access falls into a neighbour
@@ -124,6 +125,10 @@ def decode(c: Context) -> list[Command]:
     return [c.bench("decode"), c.bench("calibrated_attention_paged")]
 
 
+def scores(c: Context) -> list[Command]:
+    return [c.bench("row_scores")]
+
+
 def reduce(c: Context) -> list[Command]:
     return [c.bench(op) for op in REDUCE]
 
@@ -149,7 +154,7 @@ STAGES = [
     ),
     Stage(
         "tests-attention",
-        "attention, and in pages, against its reference",
+        "attention, in pages, and of some rows, against its reference",
         tests("cuda and not compiles", *OPERATORS[6:]),
         ("pytest",),
     ),
@@ -175,6 +180,7 @@ STAGES = [
     ),
     Stage("bench-attention", "prompts beside SDPA, FlexAttention and others", attention),
     Stage("bench-decode", "decoding steps beside the same, in pages too", decode),
+    Stage("bench-scores", "what rows attend to beside plain torch, which stores it", scores),
     Stage("bench-reduce", "matching, anchors, merging, diversity beside torch", reduce),
     Stage(
         "model", "a hooked model of LLaVA's shape beside an unhooked one", model, ("transformers",)
