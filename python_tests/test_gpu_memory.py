@@ -1,4 +1,4 @@
-"""Memory on a GPU: attention takes no matrix of all pairs, nor do matching, assigning and merging.
+"""Memory on a GPU: attention takes no matrix of all pairs, nor do scores, matching and merging.
 
 Without a GPU the calls are made all the same, small, and nothing is measured.
 """
@@ -9,6 +9,7 @@ import torch
 from bench import clock
 from restore_ext import ops, testing
 from restore_ext.testing.attention import AttentionCase
+from restore_ext.testing.row_scores import RowScoresCase
 from restore_ext.testing.tokens import MergeCase, TokenCase
 
 pytestmark = pytest.mark.parametrize("device", testing.DEVICES)
@@ -53,6 +54,15 @@ def test_a_step_takes_next_to_nothing(device):
     cache = given["key"].numel() * given["key"].element_size()
     extra = beyond_output(lambda: ops.calibrated_attention(**given), device)
     assert extra <= cache // 4 + SLACK, f"{extra:,} bytes beside keys of {cache:,}"
+
+
+def test_scores_of_all_rows_take_no_matrix(device):
+    def extra(L):
+        case = RowScoresCase(Hq=4, Hkv=2, Lq=L, Lk=L, D=64, ranges="causal")
+        given = case.arguments(device, torch.bfloat16)
+        return beyond_output(lambda: ops.row_scores(**given), device)
+
+    assert_linear(extra, device)
 
 
 def test_tokens_are_compared_without_a_matrix(device):

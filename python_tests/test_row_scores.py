@@ -3,6 +3,7 @@
 import math
 import random
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -228,7 +229,7 @@ def test_a_key_of_nan_spoils_the_rows_that_see_it(device):
     given["key"][0, 1, 70, 5] = math.nan
     first, past = given["key_range"][0].unbind(-1)
     broken = torch.zeros(1, 150, dtype=torch.bool, device=device)
-    for r in torch.nonzero((first <= 70) & (70 < past)).flatten().tolist():
+    for r in torch.nonzero((first <= 70) & (past > 70)).flatten().tolist():
         broken[0, max(int(first[r]), 0) : int(past[r])] = True
     assert 20 < broken.sum() < 100
     for score in (run(given), reference.row_scores(**given)):
@@ -282,6 +283,27 @@ def test_the_last_row_may_be_a_view_of_all_queries(device):
 def test_same_bits_every_run_and_on_any_number_of_threads(case, device):
     given = case.arguments(device, torch.bfloat16)
     testing.assert_same_bits_every_run(lambda: run(given))
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+def test_stores_no_attention_matrix(device):
+    """On the CPU by the peak of the process; test_gpu_memory.py asks a GPU's allocator."""
+    if device != "cpu" or ops._ops is not torch.ops.restore_ext:
+        pytest.skip("of the CPU's body")
+    case = RowScoresCase(Hq=8, Hkv=8, Lq=2000, Lk=2000, D=32, ranges="causal")
+    given = case.arguments(device)
+
+    def memory(line):  # in bytes
+        return (
+            int(re.search(rf"{line}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) << 10
+        )
+
+    run(SMALL.arguments(device))
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is what it is now
+    before = memory("VmRSS")
+    run(given)
+    matrix = 4 * 8 * 2000 * 2000
+    assert memory("VmHWM") - before < matrix / 8
 
 
 @pytest.mark.parametrize("plain", [False, True])

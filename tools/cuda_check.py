@@ -29,6 +29,7 @@ FOLDER = Path("build/cuda_check")
 EXPECT = [
     ("calibrated_attention_prefill_kernel", None, ("HMMA", "LDSM", "LDGSTS")),
     ("calibrated_attention_hopper_kernel", ("90a",), ("HGMMA", "UTMALDG")),
+    ("row_scores_kernel", None, ("HMMA", "LDSM")),
 ]
 FORBIDDEN = ("LDL", "STL")  # local memory, in every kernel
 
