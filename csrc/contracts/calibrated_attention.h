@@ -28,19 +28,7 @@ inline CalibratedAttentionSizes calibrated_attention(
   REQUIRE_SHAPE(log_size, B, Lk);
   REQUIRE_SHAPE(key_range, B, Lq, 2);
 
-  int64_t G = 1, P = 0;
-  if (decay) {
-    if (decay->dim() != 1) REQUIRE_RANK(decay, 2);  // [P] is [1, P]
-    G = decay->dim() == 1 ? 1 : decay->size(0);
-    P = decay->size(decay->dim() - 1);
-    REQUIRE(G >= 1 && P >= 1, "decay must have at least one axis G and one distance P, got shape ",
-            shape(decay->sizes()));
-  } else if (query_position && query_position->dim() == 3) {
-    G = query_position->size(1);
-  }
-  REQUIRE(query_position.has_value() == key_position.has_value(),
-          "query_position and key_position must both be given or neither, got only ",
-          query_position ? "query_position" : "key_position");
+  const auto [G, P] = axes(__func__, decay, query_position, key_position);
   // [B, L] stands for the same position on every axis.
   if (query_position && query_position->dim() == 2) {
     REQUIRE_SHAPE(query_position, B, Lq);

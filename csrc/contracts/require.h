@@ -68,6 +68,35 @@ inline bool absent(const OptionalTensor& t) { return !t.has_value(); }
 inline const Tensor& given(const Tensor& t) { return t; }
 inline const Tensor& given(const OptionalTensor& t) { return *t; }
 
+// Axes G of a position and distances P of a decay table, 0 without one. One of the two positions
+// alone is refused.
+struct Axes {
+  int64_t G, P;
+};
+
+inline Axes axes(const char* op, const OptionalTensor& decay, const OptionalTensor& query_position,
+                 const OptionalTensor& key_position) {
+  Axes axes{1, 0};
+  if (decay) {
+    const int64_t rank = decay->dim();
+    if (rank != 1 && rank != 2) {  // [P] is [1, P]
+      refuse(op, "decay must have 2 dimensions, got shape ", shape(decay->sizes()));
+    }
+    axes = {rank == 1 ? 1 : decay->size(0), decay->size(rank - 1)};
+    if (axes.G < 1 || axes.P < 1) {
+      refuse(op, "decay must have at least one axis G and one distance P, got shape ",
+             shape(decay->sizes()));
+    }
+  } else if (query_position && query_position->dim() == 3) {
+    axes.G = query_position->size(1);
+  }
+  if (query_position.has_value() != key_position.has_value()) {
+    refuse(op, "query_position and key_position must both be given or neither, got only ",
+           query_position ? "query_position" : "key_position");
+  }
+  return axes;
+}
+
 }  // namespace contract
 }  // namespace restore_ext
 
