@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from restore_ext import _C, ops, testing
-from restore_ext.testing import attention, tokens
+from restore_ext.testing import attention, row_scores, tokens
 from restore_ext.testing.attention import AttentionCase
+from restore_ext.testing.row_scores import RowScoresCase
 from restore_ext.testing.tokens import TokenCase
 
 
@@ -43,6 +44,13 @@ def test_attention_over_more_keys_than_a_stretch(level):
     attention.assert_within_twice_sdpa(ops.calibrated_attention(**given, return_lse=True), given)
 
 
+@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("case", row_scores.CASES, ids=str)
+def test_row_scores(case, dtype, level):
+    given = case.arguments("cpu", dtype)
+    row_scores.assert_within_twice_torch(ops.row_scores(**given), given)
+
+
 @pytest.mark.parametrize("case", [*tokens.CASES, TokenCase(N=613, C=600, k=100)], ids=str)
 def test_indices(case, level):
     x, valid = case.x(), case.valid()
@@ -58,7 +66,10 @@ def test_any_number_of_threads_gives_the_same_bits(level):
     x = TokenCase(N=400, C=256).x()
     long = AttentionCase(Hq=10, Hkv=2, Lq=100, Lk=1300, D=64).arguments()
     short = AttentionCase(Hq=10, Hkv=2, Lq=1, Lk=1300, D=64).arguments()
+    rows = [RowScoresCase(Hq=10, Hkv=2, Lq=L, Lk=1300, D=64).arguments() for L in (1, 100)]
     for fn in (
+        lambda: ops.row_scores(**rows[0]),
+        lambda: ops.row_scores(**rows[1]),
         lambda: ops.match_bipartite(x, 50),
         lambda: ops.score_anchors(x),
         lambda: ops.select_diverse(x, 20),
