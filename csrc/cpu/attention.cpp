@@ -11,6 +11,7 @@ void Heads::read(int64_t b, int64_t h, int64_t i, int64_t D, float* row) const {
   const int64_t start = at(b, h, i);
   if (dtype == ScalarType::Float) {
     const float* from = static_cast<const float*>(data) + start;
+    if (stride_d == 1) return static_cast<void>(std::copy_n(from, D, row));
     for (int64_t d = 0; d < D; ++d) row[d] = from[d * stride_d];
     return;
   }

@@ -1,5 +1,6 @@
 // Compiled once a level, after its vectors: Floats, kLanes, kVectors (of a register tile), fma,
-// broadcast, load, store. No include guard: every level_<name>.cpp takes it into its own namespace.
+// broadcast, load, store, transpose. No include guard: every level_<name>.cpp takes it into its own
+// namespace.
 
 constexpr int kPanel = kLanes * kVectors;
 
@@ -84,10 +85,22 @@ inline void tiles(const float* a, int64_t a_stride, const float* b, int64_t b_st
 }
 
 void pack_panel(const float* row, int64_t stride, int64_t rows, int64_t D, float* packed) {
-  for (int64_t d = 0; d < D; ++d) {
-    float* line = packed + d * kPanel;
-    for (int64_t j = 0; j < rows; ++j) line[j] = row[j * stride + d];
-    std::fill(line + rows, line + kPanel, 0.f);
+  for (int64_t first = 0; first < kPanel; first += kLanes) {
+    float* to = packed + first;
+    int64_t d = 0;
+    for (; first + kLanes <= rows && d + kLanes <= D; d += kLanes) {
+      Floats square[kLanes];
+#pragma GCC unroll 8
+      for (int i = 0; i < kLanes; ++i) square[i] = load(row + (first + i) * stride + d);
+      transpose(square);
+#pragma GCC unroll 8
+      for (int i = 0; i < kLanes; ++i) store(to + (d + i) * kPanel, square[i]);
+    }
+    for (; d < D; ++d) {
+      for (int64_t j = 0; j < kLanes; ++j) {
+        to[d * kPanel + j] = first + j < rows ? row[(first + j) * stride + d] : 0.f;
+      }
+    }
   }
 }
 

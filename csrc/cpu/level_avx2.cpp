@@ -19,6 +19,26 @@ inline void store(float* p, Floats x) { _mm256_storeu_ps(p, x); }
 inline Floats broadcast(float x) { return _mm256_set1_ps(x); }
 inline Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
 
+// Squares of 1, of 2 and of 4 change places across the diagonal.
+inline void transpose(Floats (&x)[kLanes]) {
+  for (int i = 0; i < kLanes; i += 2) {
+    const __m256 low = _mm256_unpacklo_ps(x[i], x[i + 1]);
+    x[i + 1] = _mm256_unpackhi_ps(x[i], x[i + 1]);
+    x[i] = low;
+  }
+  Floats y[kLanes];
+  for (int i = 0; i < kLanes; i += 4) {
+    y[i] = _mm256_shuffle_ps(x[i], x[i + 2], 0x44);
+    y[i + 1] = _mm256_shuffle_ps(x[i], x[i + 2], 0xee);
+    y[i + 2] = _mm256_shuffle_ps(x[i + 1], x[i + 3], 0x44);
+    y[i + 3] = _mm256_shuffle_ps(x[i + 1], x[i + 3], 0xee);
+  }
+  for (int i = 0; i < kLanes / 2; ++i) {
+    x[i] = _mm256_permute2f128_ps(y[i], y[i + 4], 0x20);
+    x[i + 4] = _mm256_permute2f128_ps(y[i], y[i + 4], 0x31);
+  }
+}
+
 #include "kernels_body.h"
 
 void from_half(const uint16_t* from, float* to, int64_t count) {

@@ -19,6 +19,16 @@ inline void store(float* p, Floats x) { *reinterpret_cast<Unaligned*>(p) = x; }
 inline Floats broadcast(float x) { return Floats{x, x, x, x}; }
 inline Floats fma(Floats a, Floats b, Floats c) { return a * b + c; }
 
+inline void transpose(Floats (&x)[kLanes]) {
+  for (int i = 0; i < kLanes; ++i) {
+    for (int j = i + 1; j < kLanes; ++j) {
+      const float upper = x[i][j];
+      x[i][j] = x[j][i];
+      x[j][i] = upper;
+    }
+  }
+}
+
 #include "kernels_body.h"
 
 template <typename T>

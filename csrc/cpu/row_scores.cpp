@@ -25,7 +25,7 @@ using contract::OptionalTensor;
 constexpr int64_t kChunk = 96;       // rows whose bias lies near the core
 constexpr int64_t kHeads = 8;        // about, of a task
 constexpr int64_t kStretch = 512;    // keys of a task, where rows are few
-constexpr int64_t kRowsToPack = 24;  // of a key head: with fewer, packing costs more than it saves
+constexpr int64_t kRowsToPack = 12;  // of a key head: with fewer, packing costs more than it saves
 static_assert(kChunk % kRows == 0 && kStretch % kKeys == 0);
 
 // Of a row, or of a stretch of it: the maximum, and the sum of exp(logit - maximum).
