@@ -20,19 +20,7 @@ from restore_ext.testing.row_scores import (
 )
 
 pytestmark = pytest.mark.parametrize("device", testing.DEVICES)
-FULL = RowScoresCase(
-    B=2,
-    Hq=4,
-    Hkv=2,
-    Lq=70,
-    Lk=140,
-    D=64,
-    padding=(0, 31),
-    axes=3,
-    P=64,
-    ranges="window",
-    weights="some",
-)
+FULL = replace(SMALL, Lq=70, Lk=140, D=64, padding=(0, 31), axes=3, P=64, ranges="window")
 
 
 def run(given):
@@ -223,6 +211,15 @@ def test_a_key_of_nan_spoils_the_rows_that_see_it(device):
     assert 20 < broken.sum() < 100
     for score in (run(given), reference.row_scores(**given)):
         assert torch.equal(score.isnan(), broken)
+
+
+@pytest.mark.parametrize("rho", [2.0, 3.0, math.nan])
+def test_a_decay_may_hide_a_key_or_spoil_a_row(rho, device):
+    given = SMALL.arguments(device)
+    given["decay"][..., 3:] = rho
+    expected = reference.row_scores(**given)
+    assert expected.isnan().any() == (rho != 2) and (rho != 2 or (expected == 0).any())
+    torch.testing.assert_close(run(given), expected, equal_nan=True)
 
 
 def test_a_row_that_sees_nothing_adds_nothing_even_if_it_is_nan(device):
