@@ -33,7 +33,7 @@ def spy(monkeypatch):
         return torch.arange(budget).expand(len(problem.scores), budget)
 
     with monkeypatch.context() as patch:
-        patch.setitem(METHODS, "spy", Method(first_tokens, needs_scores=True))
+        patch.setitem(METHODS, "spy", Method(first_tokens, scores="cls"))
         yield problems
 
 

@@ -5,7 +5,7 @@ import straight_line
 import torch
 
 from restore_ext import reduce_tokens
-from restore_ext.methods import METHODS, find_method, holov, list_methods, needs_scores
+from restore_ext.methods import METHODS, find_method, holov, list_methods
 
 LENGTHS = (1, 2, 3, 7, 16, 17, 24, 33, 40, 48)
 # float32 cannot be held to a decision closer than this.
@@ -91,6 +91,12 @@ def test_anchors_follow_their_mode_whatever_is_retained(anchor_mode, retain):
         ("holov", {"num_chunks": 1}),
         ("holov", {"num_chunks": 5}),
         ("holov", {"num_chunks": 1000}),
+        ("visionzip", {"contextual_ratio": 0.01}),
+        ("visionzip", {"contextual_ratio": 0.5}),
+        ("visionzip", {"contextual_ratio": 1.0}),
+        ("token_pooling", {"iterations": 1}),
+        ("token_pooling", {"algorithm": "means"}),
+        ("token_pooling", {"algorithm": "means", "iterations": 1}),
         ("tome", {"share": 0.1}),
         ("tome", {"share": 1.0}),
     ],
@@ -248,7 +254,9 @@ def test_tome_merges_with_and_without_restore():
 
 
 def test_the_table_of_methods_answers_by_name():
-    assert list_methods() == ["random", "uniform", "divprune", "vispruner", "holov", "tome"]
-    assert [m for m in METHODS if needs_scores(m)] == ["vispruner", "holov"]
-    with pytest.raises(ValueError, match=r"method must be one of random, .*, tome, got 'dart'"):
+    names = (
+        "random uniform divprune fastervlm vispruner holov visionzip tome token_pooling downsample"
+    )
+    assert list_methods() == names.split()
+    with pytest.raises(ValueError, match=r"method must be one of random, .*, tome, .* got 'dart'"):
         find_method("dart")

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from restore_ext import checks
-from restore_ext.methods import needs_scores
+from restore_ext.methods import Method, find_method
 from restore_ext.reduce import ANCHOR_MODES
 
 POSITIONS = ("original", "reindex")
@@ -35,8 +35,12 @@ class Settings:
     seed: int
 
     @property
+    def chosen(self) -> Method:
+        return find_method(self.method)
+
+    @property
     def needs_scores(self) -> bool:
-        return needs_scores(self.method)
+        return self.chosen.needs_scores
 
     @property
     def sizes(self) -> bool:
@@ -80,7 +84,7 @@ def make_settings(
 
     raises  TypeError, ValueError: naming the argument, what was wanted and what came
     """
-    needs_scores(method)  # refuses an unknown name
+    find_method(method)
     keep, keep_ratio = _budget(keep, keep_ratio)
     checks.require_flag("restore", restore)
     mrope = axes > 1

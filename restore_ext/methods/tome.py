@@ -37,4 +37,9 @@ def merge(problem: Problem, budget: int, *, share: float = 0.5) -> Tensor:
     return group
 
 
-TOME = Method(merge, merges=True, options={"share": partial(require_share, above_zero=True)})
+TOME = Method(
+    merge=merge,
+    options={"share": partial(require_share, above_zero=True)},
+    source="2210.09461",
+    about="the most similar pairs, round after round",
+)
