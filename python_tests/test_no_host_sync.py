@@ -2,11 +2,12 @@
 
 On the "meta" device there are no values to read back: whatever asks for one (item, tolist, nonzero,
 a mask as an index, a loop's condition) raises. What comes from the host would be a copy in the way
-of a CUDA graph: a dispatch mode refuses that.
+of a CUDA graph: modes refuse that.
 """
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -19,8 +20,6 @@ class OneDevice(TorchDispatchMode):
     """Refuses every operation that a tensor of the host takes part in."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten.lift_fresh.default:  # torch.tensor(numbers, device=...)
-            raise RuntimeError("numbers come from the host")
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves((args, kwargs, out)):
             if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
@@ -28,10 +27,19 @@ class OneDevice(TorchDispatchMode):
         return out
 
 
+class NoNumbers(TorchFunctionMode):
+    """Refuses to make tensors of numbers, which the meta device does unseen by a dispatch mode."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (torch.tensor, torch.as_tensor, torch.Tensor.new_tensor):
+            raise RuntimeError(f"{func} brings numbers of the host")
+        return func(*args, **(kwargs or {}))
+
+
 def reduce(method, **given):
     x = torch.empty(2, 40, 8, device="meta")
     scores = torch.empty(2, 40, device="meta")
-    with OneDevice():
+    with OneDevice(), NoNumbers():
         return reduce_tokens(x, method=method, scores=scores, **given)
 
 
@@ -73,9 +81,10 @@ def test_neither_does_an_option_of_a_method(method, options):
         lambda x: torch.repeat_interleave(x.long()),
         lambda x: x.cpu(),
         lambda x: torch.tensor([1, 2], device=x.device) + x[:2],
+        lambda x: x.new_tensor([1, 2]),
         lambda x: torch.arange(2).to(x.device),
     ],
 )
 def test_this_test_would_notice(reads):
-    with pytest.raises((RuntimeError, NotImplementedError)), OneDevice():
+    with pytest.raises((RuntimeError, NotImplementedError)), OneDevice(), NoNumbers():
         reads(torch.empty(8, device="meta"))
