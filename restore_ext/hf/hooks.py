@@ -80,7 +80,7 @@ class Hooks:
         def get_image_features(*args: Any, **kwargs: Any) -> Any:
             if not self.handle.enabled:
                 return original(*args, **kwargs)
-            with recording() as record:
+            with recording(self.settings) as record:
                 output = original(*args, **kwargs)
             features = image_features(output)
             if features:

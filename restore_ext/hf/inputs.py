@@ -199,7 +199,7 @@ def _encode(
     patches = Patches()
     try:
         family.watch(patches, settings)
-        with recording() as record:
+        with recording(settings) as record:
             features = image_features(encode(family.inner, **inputs, return_dict=True))
     finally:
         patches.undo()

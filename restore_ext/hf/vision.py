@@ -12,6 +12,8 @@ from transformers import AttentionInterface
 
 from restore_ext.hf.attention import MASK_NEEDS, NamedConfig, stock_attention
 from restore_ext.hf.patches import Patches
+from restore_ext.hf.settings import Settings
+from restore_ext.methods.problem import KEYS
 from restore_ext.reduction import Reduction
 
 WATCHED = "restore_ext_watched"
@@ -31,9 +33,11 @@ class Seen:
 
 @dataclass
 class Record:
-    """What was seen while one get_image_features() ran."""
+    """What was seen while one get_image_features() ran, for these settings."""
 
-    attention: list[Tensor] = field(default_factory=list)  # scores, call by call
+    settings: Settings
+    attention: list[Tensor] = field(default_factory=list)  # [B, N] scores, call by call
+    keys: list[Tensor] = field(default_factory=list)  # [B, N, D] of the scored tokens, likewise
     tower: Tensor | None = None  # the projector's input
 
 
@@ -41,11 +45,10 @@ _RECORD: ContextVar[Record | None] = ContextVar("restore_ext_record", default=No
 
 
 @contextmanager
-def recording() -> Iterator[Record]:
-    token = _RECORD.set(Record())
+def recording(settings: Settings) -> Iterator[Record]:
+    record = Record(settings)
+    token = _RECORD.set(record)
     try:
-        record = _RECORD.get()
-        assert record is not None
         yield record
     finally:
         _RECORD.reset(token)
@@ -88,7 +91,10 @@ def watched(
         scaling = kwargs.get("scaling")
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         with torch.no_grad():
-            record.attention.append(module.config.state(query.float(), key.float(), scale))
+            scores = module.config.state(query.float(), key.float(), scale)
+            record.attention.append(scores)
+            if record.settings.chosen.metric == KEYS:
+                record.keys.append(key.float().mean(1)[:, -scores.shape[1] :])
     return stock_attention(module, query, key, value, attention_mask, **kwargs)
 
 
@@ -104,6 +110,12 @@ def received_attention(query: Tensor, key: Tensor, scale: float) -> Tensor:
     for some in query.split(_CHUNK, dim=2):
         total += (some @ key.mT * scale).softmax(-1).sum(2)
     return total.mean(1) / query.shape[2]
+
+
+def received_from_all(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """What every token but the CLS token gets, its attention among them: [B, H, N+1, D] to
+    [B, N]."""
+    return received_attention(query, key, scale)[:, 1:]
 
 
 def remember(features: list[Tensor], seen: Seen) -> None:

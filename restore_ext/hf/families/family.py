@@ -121,7 +121,10 @@ class Family(ABC):
 
     @abstractmethod
     def scores(self, record: Record, tokens: Sequence[int], inputs: dict[str, Any]) -> Tensor:
-        """Scores [sum of tokens] from a record; inputs are those of get_image_features()."""
+        """What was read of each token, in the order of the features: record.attention, whose rows
+        are numbers [B, N] or vectors [B, N, D], as [sum of tokens] or [sum of tokens, D].
+
+        tokens of each image; inputs are those of get_image_features()"""
 
     @profiling.range("score_images")
     def seen(self, record: Record, features: Sequence[Tensor], inputs: dict[str, Any]) -> Seen:
@@ -130,6 +133,9 @@ class Family(ABC):
         seen = Seen(len(tokens))
         if record.attention:
             seen.scores = _split(self.scores(record, tokens, inputs), tokens)
+        if record.keys:
+            keys = dataclasses.replace(record, attention=record.keys)
+            seen.metric = _split(self.scores(keys, tokens, inputs), tokens)
         if record.tower is not None:
             seen.metric = _split(record.tower.flatten(0, -2), tokens)
         return seen

@@ -12,28 +12,31 @@ from restore_ext.hf.vision import (
     Record,
     cls_attention,
     received_attention,
+    received_from_all,
     watch_attention,
     watch_projector,
 )
-
-TOWER_METRIC = ("vispruner",)  # methods that compare the tower's features, not the projected ones
+from restore_ext.methods.problem import CLS, TOWER_FEATURES
 
 
 class Llava(Family):
-    """Scores are the CLS token's attention, averaged over heads, in the layer that the features are
-    taken from (`vision_feature_layer`, the deepest if there are several). A tower whose first token
-    is a feature too (`vision_feature_select_strategy="full"`) gives the attention received."""
+    """Scores are the CLS token's attention, averaged over heads, or the attention received, in the
+    layer that the features are taken from (`vision_feature_layer`, the deepest if there are
+    several). A tower whose first token is a feature too (`vision_feature_select_strategy="full"`)
+    gives the attention received."""
 
     name = "llava"
     model_class = "LlavaForConditionalGeneration"
     axes = 1
 
     def watch(self, patches: Patches, settings: Settings) -> None:
-        if settings.method in TOWER_METRIC:
+        method = settings.chosen
+        if method.metric == TOWER_FEATURES:
             watch_projector(patches, self.inner.multi_modal_projector)
-        if settings.needs_scores:
-            strategy = self.model.config.vision_feature_select_strategy
-            score = cls_attention if strategy == "default" else received_attention
+        if method.needs_scores:
+            score = cls_attention if method.scores == CLS else received_from_all
+            if self.model.config.vision_feature_select_strategy != "default":
+                score = received_attention
             watch_attention(patches, self._scored_attention(), score)
 
     def scores(self, record: Record, tokens: Sequence[int], inputs: dict[str, Any]) -> Tensor:
@@ -43,7 +46,7 @@ class Llava(Family):
                 f"vision_feature_layer must be the config's, {own}, which the scores are read "
                 f"from, got {asked}; set it in model.config before attaching"
             )
-        return record.attention[-1].flatten()
+        return record.attention[-1].flatten(0, 1)
 
     def _scored_attention(self) -> nn.Module:
         layers = next(
