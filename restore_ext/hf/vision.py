@@ -13,7 +13,7 @@ from transformers import AttentionInterface
 from restore_ext.hf.attention import MASK_NEEDS, NamedConfig, stock_attention
 from restore_ext.hf.patches import Patches
 from restore_ext.hf.settings import Settings
-from restore_ext.methods.problem import KEYS
+from restore_ext.methods.problem import KEYS, TOWER_FEATURES
 from restore_ext.reduction import Reduction
 
 WATCHED = "restore_ext_watched"
@@ -29,6 +29,7 @@ class Seen:
     scores: list[Tensor] | None = None  # [N] float32 per image
     metric: list[Tensor] | None = None  # [N, Cm] per image; None: the features themselves
     reduced: tuple[Any, list[Reduction]] | None = None  # what came of it, and with which settings
+    by_tower: bool = False  # the tower reduced them: there is nothing more to make of the features
 
 
 @dataclass
@@ -39,6 +40,9 @@ class Record:
     attention: list[Tensor] = field(default_factory=list)  # [B, N] scores, call by call
     keys: list[Tensor] = field(default_factory=list)  # [B, N, D] of the scored tokens, likewise
     tower: Tensor | None = None  # the projector's input
+    joined: Tensor | None = None  # [B, N] int64, the token each patch joined in the tower
+    left: int = 0  # how many tokens those are
+    reduced: list[Reduction] = field(default_factory=list)  # of each image, by the tower
 
 
 _RECORD: ContextVar[Record | None] = ContextVar("restore_ext_record", default=None)
@@ -52,6 +56,12 @@ def recording(settings: Settings) -> Iterator[Record]:
         yield record
     finally:
         _RECORD.reset(token)
+
+
+def recorded(settings: Settings) -> Record | None:
+    """The record of a get_image_features() that runs for these settings, if one does."""
+    record = _RECORD.get()
+    return record if record is not None and record.settings is settings else None
 
 
 def watch_attention(patches: Patches, module: nn.Module, score: Any) -> None:
@@ -68,10 +78,11 @@ def watch_attention(patches: Patches, module: nn.Module, score: Any) -> None:
 
 
 def watch_projector(patches: Patches, projector: nn.Module) -> None:
-    """Records the tower features that go into the projector."""
+    """Records the tower features that go into the projector, for a method that compares them."""
 
     def note(_: nn.Module, args: tuple[Any, ...]) -> None:
-        if (record := _RECORD.get()) is not None:
+        record = _RECORD.get()
+        if record is not None and record.settings.chosen.metric == TOWER_FEATURES:
             record.tower = args[0].detach()
 
     patches.hook(projector, "forward_pre_hook", note)
@@ -87,7 +98,8 @@ def watched(
 ) -> Any:
     """The registered attention of a watched module: stock, after a look at its queries and keys."""
     record = _RECORD.get()
-    if record is not None:
+    # What is recorded may be for prepare_inputs(), while attach() watches for a method of its own.
+    if record is not None and record.settings.needs_scores:
         scaling = kwargs.get("scaling")
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         with torch.no_grad():

@@ -1,5 +1,6 @@
 """LLaVA-1.5 and its like: a ViT, a projector, a language model with plain RoPE."""
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from restore_ext.hf.families.family import Family
 from restore_ext.hf.patches import Patches
 from restore_ext.hf.settings import Settings
+from restore_ext.hf.tower import watch_smaller_pictures
 from restore_ext.hf.vision import (
     Record,
     cls_attention,
@@ -38,6 +40,15 @@ class Llava(Family):
             if self.model.config.vision_feature_select_strategy != "default":
                 score = received_attention
             watch_attention(patches, self._scored_attention(), score)
+
+    def watch_tower(self, patches: Patches, settings: Settings) -> None:
+        tower, projector = self.inner.vision_tower, self.inner.multi_modal_projector
+        if "interpolate_pos_encoding" not in inspect.signature(tower.forward).parameters:
+            raise NotImplementedError(
+                f"method {settings.method} needs a vision tower that interpolates its positions, "
+                f"got a {type(tower).__name__}"
+            )
+        watch_smaller_pictures(patches, tower, projector, settings)
 
     def scores(self, record: Record, tokens: Sequence[int], inputs: dict[str, Any]) -> Tensor:
         asked, own = inputs.get("vision_feature_layer"), self.model.config.vision_feature_layer
