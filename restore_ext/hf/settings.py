@@ -9,7 +9,7 @@ from torch import Tensor
 
 from restore_ext import checks
 from restore_ext.methods import Method, find_method
-from restore_ext.methods.problem import PICTURE
+from restore_ext.methods.problem import PROJECTED
 from restore_ext.reduce import ANCHOR_MODES
 
 POSITIONS = ("original", "reindex")
@@ -125,7 +125,7 @@ def make_settings(
     options = {} if options is None else options
     if not isinstance(options, Mapping):
         raise TypeError(f"options must be a dict of the method's options, got {options!r}")
-    place = find_method(method, options).place
+    chosen = find_method(method, options)
     checks.require_one_of("budget", budget, BUDGETS)
     keep, keep_ratio = _budget(keep, keep_ratio)
     if budget == "shared" and isinstance(keep, tuple):
@@ -133,13 +133,12 @@ def make_settings(
             f"keep must be one int for budget='shared', the total of a row, got {list(keep)}"
         )
     checks.require_flag("restore", restore)
-    if place == PICTURE:
-        restore = False
-        if isinstance(keep, tuple) or budget == "shared":
-            raise ValueError(
-                f"keep must be one int and budget 'per_image' for method {method}, which makes "
-                f"every picture the same size, got keep={keep!r} and budget={budget!r}"
-            )
+    if chosen.place != PROJECTED and (isinstance(keep, tuple) or budget == "shared"):
+        raise ValueError(
+            f"keep must be one int and budget 'per_image' for method {method}, which treats the "
+            f"pictures of a batch alike, got keep={keep!r} and budget={budget!r}"
+        )
+    restore = restore and chosen.restores
     mrope = axes > 1
     if positions is None:
         positions = "original" if restore or mrope else "reindex"

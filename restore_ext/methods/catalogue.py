@@ -59,7 +59,7 @@ def _does(method: Method) -> str:
 
 
 def _restore(method: Method) -> str:
-    if method.place == PICTURE:
+    if not method.restores:
         return NOTHING
     if method.select is None:
         return MERGER

@@ -62,6 +62,11 @@ class Method:
     about: str = ""
 
     @property
+    def restores(self) -> bool:
+        """Whether RESTORE has anything to add."""
+        return self.place != PICTURE
+
+    @property
     def needs_scores(self) -> bool:
         return self.scores is not None
 

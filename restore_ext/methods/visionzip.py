@@ -37,8 +37,8 @@ def merge(problem: Problem, budget: int, *, contextual_ratio: float = CONTEXTUAL
 
 
 def select(problem: Problem, budget: int, **options: float) -> Tensor:
-    """The dominant tokens, when RESTORE's anchors take the place of the contextual ones (RESTORE,
-    arXiv 2606.01711, appendix): `contextual_ratio` has no part in it."""
+    """The dominant tokens, where RESTORE's anchors (arXiv 2606.01711) take the place of the
+    contextual ones; `contextual_ratio` has no part in it."""
     return falling(problem.scores)[:, :budget]
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from restore_ext.methods import list_methods
+from restore_ext.methods import METHODS, TOWER_METHODS
 from restore_ext.pocket.model import encode
 from restore_ext.pocket.scenes import ID, held_out
 from restore_ext.pocket.shared import shared_work
@@ -59,11 +59,11 @@ class Configuration:
 def configurations() -> list[Configuration]:
     """Everything the table shows, named "full" or METHOD/BUDGET/WAY."""
     named = []
-    for method in list_methods():
+    for method, what in (METHODS | TOWER_METHODS).items():
         for keep in BUDGETS:
-            here = {**WAYS}
-            if method == "tome":
-                del here["official"]  # it merges by itself: it has no anchors
+            here = {**WAYS} if what.restores else {"plain": PLAIN}
+            if what.select is None:
+                here.pop("official", None)  # it merges by itself: it has no anchors
             if method in ABLATION_METHODS and keep in ABLATION_BUDGETS:
                 here |= STEPS
             for way, options in here.items():
