@@ -130,8 +130,11 @@ def _reduce(
 
 
 def _stack(images: Sequence[Tensor]) -> Tensor:
+    return for_operators(torch.stack(list(images)))
+
+
+def for_operators(batch: Tensor) -> Tensor:
     """As the operators have it: on the CPU, in float32, where they lack the device or the dtype."""
-    batch = torch.stack(list(images))
     batch = batch if why_no_kernels(batch.device) is None else batch.cpu()
     return batch if batch.dtype in FLOATING else batch.float()
 

@@ -9,8 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from restore_ext.checks import why_no_kernels
-from restore_ext.hf.images import one_image
+from restore_ext.hf.images import for_operators, one_image
 from restore_ext.hf.patches import Patches
 from restore_ext.hf.settings import Settings
 from restore_ext.hf.vision import recorded
@@ -63,7 +62,7 @@ def watch_fewer_tokens(patches: Patches, projector: nn.Module, settings: Setting
                 f"got {n} features of {record.left} patches"
             )
         group = record.joined
-        record.reduced = [_reduction(output[b : b + 1], group[b : b + 1]) for b in range(B)]
+        record.reduced += [_reduction(output[b : b + 1], group[b : b + 1]) for b in range(B)]
         return output.gather(1, group[..., None].expand(-1, -1, C))
 
     patches.hook(projector, "forward_hook", expand)
@@ -71,6 +70,5 @@ def watch_fewer_tokens(patches: Patches, projector: nn.Module, settings: Setting
 
 def _reduction(tokens: Tensor, group: Tensor) -> Reduction:
     """Of one picture, to tokens [1, M, C], by group [1, N]."""
-    place = group.device if why_no_kernels(group.device) is None else "cpu"
-    made = Reduction.of_tokens(tokens.to(place), group.to(place))
-    return one_image(made, 0, tokens[0])
+    x = for_operators(tokens)
+    return one_image(Reduction.of_tokens(x, group.to(x.device)), 0, tokens[0])

@@ -42,6 +42,7 @@ class Record:
     tower: Tensor | None = None  # the projector's input
     joined: Tensor | None = None  # [B, N] int64, the token each patch joined in the tower
     left: int = 0  # how many tokens those are
+    merging: Any = None  # what tower_tome.py knows of the tokens on their way
     reduced: list[Reduction] = field(default_factory=list)  # of each image, by the tower
 
 
@@ -66,15 +67,21 @@ def recorded(settings: Settings) -> Record | None:
 
 def watch_attention(patches: Patches, module: nn.Module, score: Any) -> None:
     """Records score(query, key, scaling) of every call of a vision attention module."""
-    watching = NamedConfig(module.config, WATCHED, score)
-    name = watching.stock._attn_implementation
-    if name not in MASK_NEEDS:
+    rename_attention(patches, module, WATCHED, score)
+
+
+def rename_attention(patches: Patches, module: nn.Module, name: str, state: Any) -> None:
+    """Has a vision attention module call the attention registered as `name`, which finds `state` in
+    the module's config."""
+    renamed = NamedConfig(module.config, name, state)
+    stock = renamed.stock._attn_implementation
+    if stock not in MASK_NEEDS:
         raise ValueError(
-            f"a method that needs scores reads the vision tower's attention, which must be "
-            f"{' or '.join(MASK_NEEDS)}, got {name!r}; call "
+            f"the method needs the vision tower's attention, which must be "
+            f"{' or '.join(MASK_NEEDS)}, got {stock!r}; call "
             "model.set_attn_implementation({'vision_config': 'sdpa'}) first"
         )
-    patches.set(module, "config", watching)
+    patches.set(module, "config", renamed)
 
 
 def watch_projector(patches: Patches, projector: nn.Module) -> None:

@@ -12,6 +12,7 @@ from restore_ext.methods.problem import Method, Problem
 from restore_ext.methods.random import RANDOM
 from restore_ext.methods.token_pooling import TOKEN_POOLING
 from restore_ext.methods.tome import TOME
+from restore_ext.methods.tome_vit import TOME_VIT
 from restore_ext.methods.uniform import UNIFORM
 from restore_ext.methods.visionzip import VISIONZIP
 from restore_ext.methods.vispruner import VISPRUNER
@@ -41,7 +42,7 @@ METHODS: dict[str, Method] = {
 }
 
 # What takes a vision tower: attach() and prepare_inputs() alone.
-TOWER_METHODS: dict[str, Method] = {"downsample": DOWNSAMPLE}
+TOWER_METHODS: dict[str, Method] = {"tome_vit": TOME_VIT, "downsample": DOWNSAMPLE}
 
 
 def list_methods() -> list[str]:
