@@ -16,7 +16,8 @@ from hf_harness import (
     stock,
 )
 
-import restore_ext
+from restore_ext.hf.images import reduce_images
+from restore_ext.hf.vision import Seen
 from restore_ext.methods.downsample import cells, smaller_grid
 from restore_ext.testing.models import (
     IMAGE,
@@ -25,7 +26,6 @@ from restore_ext.testing.models import (
     PATCH,
     RAGGED,
     TWO_IMAGES,
-    VERSION,
     make_inputs,
     single_row,
     tiny_model,
@@ -142,31 +142,6 @@ def test_beams_and_a_whole_picture_and_detaching():
     assert torch.equal(forward(model, inputs), want) and fingerprint(model) == before
 
 
-@pytest.mark.skipif(VERSION < (5, 3), reason="prepare_inputs needs transformers 5.3")
-def test_prepared_prompts_say_the_same_whatever_is_attached():
-    inputs = make_inputs("llava", ONE_IMAGE)
-    model = tiny_model("llava")
-    attach(model, method="downsample", keep=16)
-    want = logits(generate(model, inputs))
-    for attached in ({"method": "downsample", "keep": 9}, {"method": "vispruner"}, None):
-        model = tiny_model("llava")
-        if attached:
-            attach(model, **attached)
-        prepared = restore_ext.prepare_inputs(model, **inputs, method="downsample", keep=16)
-        with prepared:
-            assert_close(logits(generate_prepared(model, prepared)), want)
-    model = tiny_model("llava")
-    attach(model, method="downsample", keep=9)
-    prepared = restore_ext.prepare_inputs(model, **inputs, method="uniform", keep=16)
-    assert prepared.report.images[0].reduction.size.max() > 1  # of 64 tokens, not of 9
-    assert prepared.report.images[0].reduction.kept.any()
-
-
-def generate_prepared(model, prepared):
-    asked = {"max_new_tokens": 6, "do_sample": False}
-    return model.generate(**prepared, **asked, return_dict_in_generate=True, output_logits=True)
-
-
 def test_original_positions_and_sizes_can_be_asked_for():
     inputs = make_inputs("llava", ONE_IMAGE)
     model = tiny_model("llava")
@@ -193,15 +168,12 @@ def test_refuses_where_it_has_no_meaning(family, given, error, message):
     assert not hasattr(model, "_restore_ext_handle")
 
 
-def test_features_of_a_smaller_picture_are_for_no_other_method():
-    if VERSION < (5, 18):
-        pytest.skip("images are encoded before the forward from transformers 5.18 on")
-    inputs = make_inputs("llava", ONE_IMAGE)
-    model = tiny_model("llava")
-    pixels = inputs.pop("pixel_values")
-    for first, then in (("downsample", "uniform"), ("uniform", "downsample")):
-        attach(model, method=first, keep=16)
-        encoded = {"image": model.get_image_features(pixels)}
-        attach(model, method=then, keep=16)
-        with pytest.raises(ValueError, match=f"method '{then}' does not fit features"):
-            model(**inputs, mm_encoder_outputs=encoded)
+@pytest.mark.parametrize(
+    ("method", "seen"),
+    [("uniform", Seen(1, by_tower=True)), ("downsample", Seen(1)), ("tome_vit", Seen(1))],
+)
+def test_features_encoded_for_one_method_are_not_for_another(method, seen):
+    settings = attach(tiny_model("llava"), method=method, keep=16).settings
+    features = [torch.randn(64, 8)]
+    with pytest.raises(ValueError, match=f"method '{method}' does not fit features"):
+        reduce_images(features, seen, [[0]], settings, encoded_once=True, refuse=lambda: None)

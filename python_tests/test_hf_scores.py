@@ -15,7 +15,6 @@ from restore_ext.testing.models import (
     ONE_IMAGE,
     RAGGED,
     TWO_IMAGES,
-    VERSION,
     Picture,
     image_tokens,
     make_inputs,
@@ -258,19 +257,3 @@ def test_two_images_of_one_batch_draw_the_same_random_tokens_as_alone(family):
     forward(model, inputs)
     first, second = (image.reduction.position for image in handle.last.images)
     assert torch.equal(first, second)
-
-
-@each_family
-@pytest.mark.skipif(VERSION < (5, 3), reason="prepare_inputs needs transformers 5.3")
-@pytest.mark.parametrize("method", ["divprune", "holov", "visionzip", "token_pooling"])
-def test_what_is_attached_does_not_tell_what_is_prepared(family, method):
-    inputs = make_inputs(family, TWO_IMAGES)
-    groups = []
-    for attached in (None, "vispruner", "visionzip", "uniform"):
-        model = tiny_model(family)
-        if attached is not None:
-            attach(model, method=attached)
-        prepared = restore_ext.prepare_inputs(model, **inputs, method=method, keep=9)
-        groups.append([image.reduction.group for image in prepared.report.images])
-    for other in groups[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(groups[0], other, strict=True))
