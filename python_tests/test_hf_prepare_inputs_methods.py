@@ -28,7 +28,7 @@ def test_what_is_attached_does_not_tell_what_is_prepared(family, method):
 def test_the_tower_is_attachs_or_the_prepared_prompts(method):
     inputs = make_inputs("llava", ONE_IMAGE)
     model = tiny_model("llava")
-    attach(model, method=method, keep=16)
+    restore_ext.attach(model, method=method, keep=16)
     want = logits(generate(model, inputs))
     for attached in ({"method": method, "keep": 25}, {"method": "vispruner"}, None):
         model = tiny_model("llava")
