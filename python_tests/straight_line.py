@@ -280,9 +280,7 @@ def token_pooling(x, budget, scores, tally, algorithm="medoids", iterations=5):
             cluster = sorted(cluster)
             total = sum(weight[j] for j in cluster)
             if algorithm == "medoids":
-                costs = [
-                    sum(weight[j] / total * squared(x[j], x[i]) for j in cluster) for i in cluster
-                ]
+                costs = [sum(weight[j] * squared(x[j], x[i]) for j in cluster) for i in cluster]
                 holder = cluster[cheapest(costs)]
                 found.append((holder, x[holder]))
             else:

@@ -125,6 +125,26 @@ def test_ties_go_to_the_lowest_index(method):
             compare(x, keep, method, scores=scores, restore=method == "tome", exact=True)
 
 
+def test_clusters_break_ties_by_the_token_that_holds_them():
+    # Whole numbers and weights that are powers of two: every distance and every cost is exact.
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(300):
+        N = int(torch.randint(4, 12, (1,), generator=generator))
+        x = torch.randint(0, 9, (1, N, 1), generator=generator).float()
+        scores = 0.5 ** torch.randint(1, 4, (1, N), generator=generator).float()
+        for keep in (2, 3):
+            compare(x, keep, "token_pooling", scores=scores, exact=True)
+    for x, heavy, keep in (
+        ([8, 0, 7, 5, 7, 2], [0, 3, 4], 3),
+        ([7, 0, 0, 5, 4, 8, 5], [4, 6], 2),
+        ([7, 5, 0, 3, 8, 4, 2, 8], [3, 5], 2),
+    ):
+        x = torch.tensor(x).float().view(1, -1, 1)
+        scores = torch.full((1, x.shape[1]), 0.25)
+        scores[:, heavy] = 0.5
+        compare(x, keep, "token_pooling", scores=scores, algorithm="means", exact=True)
+
+
 @pytest.mark.parametrize("mode", ["paper", "official"])
 def test_anchor_ties_go_to_the_lowest_index(mode):
     x = torch.eye(4)[torch.tensor([0, 1, 0, 2, 1, 1, 3, 0, 2])][None]
