@@ -44,6 +44,8 @@ class Llava(Family):
             watch_attention(patches, self._scored_attention(), score)
 
     def watch_tower(self, patches: Patches, settings: Settings) -> None:
+        if type(self) is not Llava:  # others may cut a picture into tiles, or take any size
+            return super().watch_tower(patches, settings)
         tower, projector = self.inner.vision_tower, self.inner.multi_modal_projector
         if settings.chosen.place == TOWER:
             class_token = self.model.config.vision_feature_select_strategy == "default"
