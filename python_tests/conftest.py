@@ -20,7 +20,8 @@ torch.set_num_threads(1)
 
 # generate() takes position_ids since 5.3. Before, prepare_inputs is tested to be refused.
 takes_positions = tuple(map(int, version("transformers").split(".")[:2])) >= (5, 3)
-collect_ignore = [f"test_hf_prepare_inputs{'_refused' if takes_positions else ''}.py"]
+prepares = ["test_hf_prepare_inputs.py", "test_hf_prepare_inputs_methods.py"]
+collect_ignore = ["test_hf_prepare_inputs_refused.py"] if takes_positions else prepares
 
 
 def pytest_addoption(parser):

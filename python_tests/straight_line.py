@@ -42,8 +42,13 @@ def reduce(
     size = np.ones(n) if size is None else size
     if keep >= n:
         clusters = [Cluster([i], True) for i in range(n)]
-    elif method == "tome":
-        groups = tome(metric, keep, size, tally, **options)
+    elif method in ("tome", "token_pooling") or (method == "visionzip" and not restore):
+        if method == "tome":
+            groups = tome(metric, keep, size, tally, **options)
+        elif method == "visionzip":
+            groups = visionzip(metric, keep, scores, tally, **options)
+        else:
+            groups = token_pooling(metric, keep, scores, tally, **options)
         clusters = [Cluster(sorted(g), len(g) == 1) for g in groups]
     else:
         retained = int(retain * keep) if restore else keep
@@ -70,6 +75,8 @@ def base(method, metric, budget, scores, seed, tally, **options):
         return [int((i + 0.5) * len(metric) / budget) for i in range(budget)]
     if method == "divprune":
         return divprune(metric, budget, tally)
+    if method in ("fastervlm", "visionzip"):
+        return by_falling(scores)[:budget]
     if method == "vispruner":
         return vispruner(metric, budget, scores, tally, **options)
     return holov(metric, budget, scores, tally, **options)
@@ -228,3 +235,56 @@ def tome(x, budget, size, tally, share=0.5):
         groups = [sorted(g) for i, g in enumerate(groups) if i not in gone]
         groups.sort(key=lambda g: g[(len(g) - 1) // 2])
     return groups
+
+
+def visionzip(keys, budget, scores, tally, contextual_ratio=0.15625):
+    contextual = max(1, int(contextual_ratio * budget))
+    dominant = by_falling(scores)[: budget - contextual]
+    others = [i for i in range(len(keys)) if i not in dominant]
+    step = max(1, len(others) // contextual)
+    groups = {others[j * step]: [others[j * step]] for j in range(contextual)}
+    targets = list(groups)
+    for i in others:
+        if i not in targets:
+            groups[nearest(keys, i, targets, tally)].append(i)
+    return [[i] for i in dominant] + list(groups.values())
+
+
+def token_pooling(x, budget, scores, tally, algorithm="medoids", iterations=5):
+    n = len(x)
+    weight = [max(s, 1e-20) for s in scores]
+    scale = max(float(a @ a) for a in x)
+
+    def squared(a, b):
+        return float((a - b) @ (a - b))
+
+    def cheapest(values):
+        at = min(range(len(values)), key=lambda i: (values[i], i))
+        for value in values:
+            if value != values[at]:
+                tally.fell_by((value - values[at]) / scale)
+        return at
+
+    def assigned(own, centres):
+        clusters = [[i] for i in own]
+        for i in range(n):
+            if i not in own:
+                clusters[cheapest([squared(x[i], c) for c in centres])].append(i)
+        return clusters
+
+    own = sorted(by_falling(weight)[:budget])
+    centres = [x[i] for i in own]
+    for _ in range(iterations):
+        found = []
+        for cluster in assigned(own, centres):
+            cluster = sorted(cluster)
+            total = sum(weight[j] for j in cluster)
+            if algorithm == "medoids":
+                costs = [sum(weight[j] * squared(x[j], x[i]) for j in cluster) for i in cluster]
+                holder = cluster[cheapest(costs)]
+                found.append((holder, x[holder]))
+            else:
+                centre = sum(weight[j] / total * x[j] for j in cluster)
+                found.append((cluster[cheapest([squared(x[i], centre) for i in cluster])], centre))
+        own, centres = zip(*sorted(found, key=lambda pair: pair[0]), strict=True)
+    return [sorted(cluster) for cluster in assigned(own, centres)]

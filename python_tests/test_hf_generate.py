@@ -106,7 +106,7 @@ def test_every_method_is_the_naive_model(family, method, restore):
     handle = attach(model, method=method, restore=restore, **options)
     out = generate(model, inputs)
     assert_is_naive(family, inputs, handle, out, **({} if restore else PRUNED))
-    merges = restore or method == "tome"
+    merges = restore or METHODS[method].merge is not None
     assert all(bool(image.reduction.merged.any()) == merges for image in handle.last.images)
 
 

@@ -118,7 +118,7 @@ def test_restore_loses_no_token_and_pruning_gives_none_a_second(family, rows, me
     visual = (inputs["input_ids"] == IMAGE).sum(1)
     size = torch.where(report.plan.is_visual, report.plan.size, 0)
     assert torch.equal(size.sum(1).long(), visual)
-    if not METHODS[method].merges:
+    if not METHODS[method].merges(False):
         options = {"restore": False, "positions": "original", "method": method}
         inputs, _, report = reported(family, rows, **options)
         assert report.plan.size[report.plan.valid].eq(1).all()

@@ -11,6 +11,7 @@ import restore_ext
 from restore_ext.methods import METHODS, Method
 from restore_ext.testing.models import (
     ADJACENT_IMAGES,
+    IMAGE,
     ONE_IMAGE,
     RAGGED,
     TWO_IMAGES,
@@ -24,7 +25,7 @@ UNLIKE = [(3, Picture(12, 16), 2, Picture(4, 6), 2)]
 
 
 @contextmanager
-def spy(monkeypatch):
+def spy(monkeypatch, **needs):
     """A method that keeps the first tokens and notes what it was given."""
     problems = []
 
@@ -33,17 +34,22 @@ def spy(monkeypatch):
         return torch.arange(budget).expand(len(problem.scores), budget)
 
     with monkeypatch.context() as patch:
-        patch.setitem(METHODS, "spy", Method(first_tokens, needs_scores=True))
+        patch.setitem(METHODS, "spy", Method(first_tokens, **{"scores": "cls", **needs}))
         yield problems
 
 
 def seen_scores(monkeypatch, model, run, **options) -> list[torch.Tensor]:
     """The scores of each image, [N] each, in the order they were asked for."""
-    with spy(monkeypatch) as problems:
+    return seen("scores", monkeypatch, model, run, **options)
+
+
+def seen(what, monkeypatch, model, run, needs=None, **options) -> list[torch.Tensor]:
+    """The same of another field of Problem, for a method that needs this."""
+    with spy(monkeypatch, **(needs or {})) as problems:
         handle = attach(model, method="spy", **options)
         run(model)
         handle.detach()
-    return [row for problem in problems for row in problem.scores]
+    return [row for problem in problems for row in getattr(problem, what)]
 
 
 @each_backend
@@ -62,6 +68,65 @@ def test_llavas_scores_are_the_cls_attention_of_the_layer_of_the_features(
     assert torch.stack(scores).allclose(want, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("strategy", ["default", "full"])
+def test_llavas_attention_received_is_the_mean_over_all_queries(monkeypatch, strategy):
+    inputs = make_inputs("llava", TWO_IMAGES)
+    model, eager = tiny_model("llava"), tiny_model("llava", attn="eager")
+    with torch.no_grad():
+        tower = eager.model.vision_tower(inputs["pixel_values"], output_attentions=True)
+    want = tower.attentions[1].mean((1, 2))[:, strategy == "default" :]
+    if strategy == "full":  # the CLS token is a feature: one more placeholder
+        inputs["input_ids"] = one_more_image_token(inputs["input_ids"])
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        model.config.vision_feature_select_strategy = strategy
+    needs = {"scores": "received"}
+    got = seen("scores", monkeypatch, model, lambda m: forward(m, inputs), needs)
+    assert torch.stack(got).allclose(want, rtol=0, atol=1e-6)
+
+
+def one_more_image_token(ids: torch.Tensor) -> torch.Tensor:
+    """Before every image of one row."""
+    (row,) = ids.tolist()
+    longer = []
+    for before, token in zip([None, *row], row, strict=False):
+        longer += [token, token] if token == IMAGE and before != IMAGE else [token]
+    return torch.tensor([longer])
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+def test_llavas_keys_are_those_of_the_scored_layer(monkeypatch, attn):
+    inputs = make_inputs("llava", TWO_IMAGES)
+    model, stock_model = tiny_model("llava", attn=attn), stock("llava")
+    tower = stock_model.model.vision_tower
+    layer = getattr(tower, "vision_model", tower).encoder.layers[1]
+    with torch.no_grad():
+        hidden = tower(inputs["pixel_values"], output_hidden_states=True).hidden_states[1]
+        keys = layer.self_attn.k_proj(layer.layer_norm1(hidden))
+    want = keys.unflatten(-1, (layer.self_attn.num_heads, -1)).mean(2)[:, 1:]
+    got = seen("metric", monkeypatch, model, lambda m: forward(m, inputs), {"metric": "keys"})
+    assert torch.stack(got).allclose(want, rtol=0, atol=1e-5)
+
+
+def test_llavas_tower_features_are_what_is_projected(monkeypatch):
+    inputs = make_inputs("llava", TWO_IMAGES)
+    with torch.no_grad():
+        tower = stock("llava").model.vision_tower
+        want = tower(inputs["pixel_values"], output_hidden_states=True).hidden_states[-2][:, 1:]
+    needs = {"metric": "tower"}
+    model = tiny_model("llava")
+    got = seen("metric", monkeypatch, model, lambda m: forward(m, inputs), needs)
+    assert torch.stack(got).allclose(want, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [ONE_IMAGE, UNLIKE])
+def test_qwens_keys_are_means_over_the_patches_of_a_token(monkeypatch, rows):
+    inputs = make_inputs("qwen2_5_vl", rows)
+    model = tiny_model("qwen2_5_vl")
+    got = seen("metric", monkeypatch, model, lambda m: forward(m, inputs), {"metric": "keys"})
+    for keys, want in zip(got, tower_keys(inputs), strict=True):
+        assert keys.allclose(want, rtol=0, atol=1e-5)
+
+
 @each_backend
 @pytest.mark.parametrize("rows", [ONE_IMAGE, TWO_IMAGES, UNLIKE])
 def test_qwens_scores_are_the_mean_attention_received_in_its_last_full_block(
@@ -74,9 +139,34 @@ def test_qwens_scores_are_the_mean_attention_received_in_its_last_full_block(
         assert (got / got.sum()).allclose(want / want.sum(), rtol=0, atol=1e-6)
 
 
-@torch.no_grad()
 def received_attention(inputs: dict) -> list[torch.Tensor]:
     """From the weights: softmax over each image's own patches, in the order of the features."""
+    q, k = queries_and_keys(inputs)
+    received, first = [], 0
+    for tokens in image_tokens(inputs):
+        mine = slice(first, first + 4 * tokens)
+        attention = (q[:, mine] @ k[:, mine].mT / q.shape[-1] ** 0.5).softmax(-1)
+        received.append(attention.mean((0, 1)))
+        first += 4 * tokens
+    return of_tokens(torch.cat(received), inputs)
+
+
+def tower_keys(inputs: dict) -> list[torch.Tensor]:
+    """[N, D] of each image, in the order of the features."""
+    return of_tokens(queries_and_keys(inputs)[1].mean(0), inputs)
+
+
+def of_tokens(patches: torch.Tensor, inputs: dict) -> list[torch.Tensor]:
+    """Means over the patches of each token, which are in the tower's order, image by image."""
+    by_window = patches.unflatten(0, (-1, 4)).mean(1)
+    in_order = torch.empty_like(by_window)
+    in_order[window_order(inputs["image_grid_thw"])] = by_window
+    return list(in_order.split(image_tokens(inputs)))
+
+
+@torch.no_grad()
+def queries_and_keys(inputs: dict) -> list[torch.Tensor]:
+    """[H, patches, D] of the last block of full attention, rotated."""
     tower = stock("qwen2_5_vl").model.visual
     block = tower.blocks[2].attn
     caught = {}
@@ -90,17 +180,7 @@ def received_attention(inputs: dict) -> list[torch.Tensor]:
     hook.remove()
     heads = stock("qwen2_5_vl").config.vision_config.num_heads
     q, k, _ = block.qkv(caught["x"]).unflatten(-1, (3, heads, -1)).permute(1, 2, 0, 3)
-    q, k = (rotated(t, caught["cos"], caught["sin"]) for t in (q, k))
-    received, first = [], 0
-    for tokens in image_tokens(inputs):
-        mine = slice(first, first + 4 * tokens)
-        attention = (q[:, mine] @ k[:, mine].mT / q.shape[-1] ** 0.5).softmax(-1)
-        received.append(attention.mean((0, 1)).unflatten(0, (-1, 4)).mean(-1))
-        first += 4 * tokens
-    by_window = torch.cat(received)
-    in_order = torch.empty_like(by_window)
-    in_order[window_order(inputs["image_grid_thw"])] = by_window
-    return list(in_order.split(image_tokens(inputs)))
+    return [rotated(t, caught["cos"], caught["sin"]) for t in (q, k)]
 
 
 def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

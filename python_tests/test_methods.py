@@ -5,7 +5,7 @@ import straight_line
 import torch
 
 from restore_ext import reduce_tokens
-from restore_ext.methods import METHODS, find_method, holov, list_methods, needs_scores
+from restore_ext.methods import METHODS, find_method, holov, list_methods
 
 LENGTHS = (1, 2, 3, 7, 16, 17, 24, 33, 40, 48)
 # float32 cannot be held to a decision closer than this.
@@ -91,6 +91,12 @@ def test_anchors_follow_their_mode_whatever_is_retained(anchor_mode, retain):
         ("holov", {"num_chunks": 1}),
         ("holov", {"num_chunks": 5}),
         ("holov", {"num_chunks": 1000}),
+        ("visionzip", {"contextual_ratio": 0.01}),
+        ("visionzip", {"contextual_ratio": 0.5}),
+        ("visionzip", {"contextual_ratio": 1.0}),
+        ("token_pooling", {"iterations": 1}),
+        ("token_pooling", {"algorithm": "means"}),
+        ("token_pooling", {"algorithm": "means", "iterations": 1}),
         ("tome", {"share": 0.1}),
         ("tome", {"share": 1.0}),
     ],
@@ -117,6 +123,26 @@ def test_ties_go_to_the_lowest_index(method):
             if method == "tome" and keep < 4:  # its means are exact only where a few merge
                 continue
             compare(x, keep, method, scores=scores, restore=method == "tome", exact=True)
+
+
+def test_clusters_break_ties_by_the_token_that_holds_them():
+    # Whole numbers and weights that are powers of two: every distance and every cost is exact.
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(300):
+        N = int(torch.randint(4, 12, (1,), generator=generator))
+        x = torch.randint(0, 9, (1, N, 1), generator=generator).float()
+        scores = 0.5 ** torch.randint(1, 4, (1, N), generator=generator).float()
+        for keep in (2, 3):
+            compare(x, keep, "token_pooling", scores=scores, exact=True)
+    for x, heavy, keep in (
+        ([8, 0, 7, 5, 7, 2], [0, 3, 4], 3),
+        ([7, 0, 0, 5, 4, 8, 5], [4, 6], 2),
+        ([7, 5, 0, 3, 8, 4, 2, 8], [3, 5], 2),
+    ):
+        x = torch.tensor(x).float().view(1, -1, 1)
+        scores = torch.full((1, x.shape[1]), 0.25)
+        scores[:, heavy] = 0.5
+        compare(x, keep, "token_pooling", scores=scores, algorithm="means", exact=True)
 
 
 @pytest.mark.parametrize("mode", ["paper", "official"])
@@ -248,7 +274,7 @@ def test_tome_merges_with_and_without_restore():
 
 
 def test_the_table_of_methods_answers_by_name():
-    assert list_methods() == ["random", "uniform", "divprune", "vispruner", "holov", "tome"]
-    assert [m for m in METHODS if needs_scores(m)] == ["vispruner", "holov"]
-    with pytest.raises(ValueError, match=r"method must be one of random, .*, tome, got 'dart'"):
+    projected = "random uniform divprune fastervlm vispruner holov visionzip tome token_pooling"
+    assert list_methods() == [*projected.split(), "tome_vit", "downsample"]
+    with pytest.raises(ValueError, match=r"method must be one of random, .*, tome, .* got 'dart'"):
         find_method("dart")

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from restore_ext.config import show_config
+from restore_ext.methods import list_methods
 from restore_ext.ops import (
     assign_anchors,
     calibrated_attention,
@@ -28,6 +29,7 @@ __all__ = [
     "attach",
     "calibrated_attention",
     "calibrated_attention_paged",
+    "list_methods",
     "match_bipartite",
     "merge_tokens",
     "prepare_inputs",

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from restore_ext import checks, ops
-from restore_ext.methods import Method, Problem, find_method
+from restore_ext.methods import METHODS, Method, Problem, find_method
 from restore_ext.reduction import Reduction
 from restore_ext.rows import take, where_true
 
@@ -43,18 +43,21 @@ def reduce_tokens(
     among them (Eq. 5), and a merged token stands at the lower median of its members. Nothing is
     dropped, so sizes are conserved; but retain = 1 leaves no anchors, and drops like the plain
     method. Without `restore`, the base method picks `keep` tokens and the others are dropped.
-    `tome` merges either way, by its own rule; its token of one member is kept, the others merged.
+    `tome` and `token_pooling` merge either way, by their own rule; `visionzip` does so without
+    `restore`. Then a token of one member is kept, the others are merged.
 
     features      [B, N, C] float32, bfloat16 or float16: what is reduced; anchors compare it
     keep          tokens to keep, >= 1: an int, or one per image (list, tuple, int tensor [B]);
                   an image with no more valid tokens than that comes back as it is, bit for bit
     keep_ratio    instead of keep: a share in (0, 1] of an image's n valid tokens,
                   max(1, round(keep_ratio * n))
-    method        random, uniform, divprune, vispruner, holov or tome; see restore_ext.methods
+    method        random, uniform, divprune, fastervlm, vispruner, holov, visionzip, tome or
+                  token_pooling; see restore_ext.methods and docs/methods.md
     metric        [B, N, Cm] float32, bfloat16 or float16: what the base method compares (CLIP
                   features, keys); features by default
-    scores        [B, N] floating: importance, higher is better (attention of the CLS token);
-                  vispruner and holov need it
+    scores        [B, N] floating: importance, higher is better (attention of the CLS token, for
+                  token_pooling attention received); fastervlm, vispruner, holov, visionzip and
+                  token_pooling need it
     valid         [B, N] bool; a False token takes no part: the result of a row is that of the row
                   without it
     size          [B, N] float32, > 0: how many tokens each stands for already; ones by default
@@ -66,7 +69,9 @@ def reduce_tokens(
     check_finite  refuse NaN and Inf in features, metric and scores, and sizes that are not positive
                   and finite, at valid tokens. None: on CPU; True: always; False: never. Unchecked,
                   such a vector ranks below every other.
-    options       vispruner: important_ratio=0.5, step=8; holov: num_chunks=16; tome: share=0.5
+    options       vispruner: important_ratio=0.5, step=8; holov: num_chunks=16; tome: share=0.5;
+                  visionzip: contextual_ratio=10 / 64; token_pooling: algorithm="medoids" or
+                  "means", iterations=5
 
     returns  Reduction, tokens in rising position. Ties go to the lowest index, and every run gives
              the same bits. Which tokens go where has no gradient; the tokens have one with respect
@@ -78,6 +83,10 @@ def reduce_tokens(
     GPU; with check_finite=False it compiles into one graph.
     """
     chosen = find_method(method, options)
+    if method not in METHODS:
+        raise ValueError(
+            f"method {method} acts {chosen.place}, so attach() alone can do it; got features"
+        )
     checks.require_features("features", features)
     checks.require_kernels("features", features.device)
     B, N, _ = features.shape
@@ -125,15 +134,17 @@ class _Task:
         B, N, _ = features.shape
         if keep >= N:
             return Reduction.untouched(features, problem.size)
-        if self.method.merges:
-            group = self.method.run(problem, keep, **self.options)
+        if self.method.merges(self.restore):
+            assert self.method.merge is not None
+            group = self.method.merge(problem, keep, **self.options)
             members = group.new_zeros(B, keep).scatter_add(1, group, torch.ones_like(group))
             return Reduction.of_groups(features, group, keep, problem.size, members == 1)
 
         retained = int(self.retain * keep) if self.restore else keep
         group = torch.full((B, N), -1, device=features.device)
         if retained:
-            picks = self.method.run(problem, retained, **self.options)
+            assert self.method.select is not None
+            picks = self.method.select(problem, retained, **self.options)
             group.scatter_(1, picks, torch.arange(retained, device=group.device).expand_as(picks))
         if retained < keep:
             x, rest = features.detach(), group < 0

@@ -97,6 +97,15 @@ class Reduction:
         tokens = torch.where(kept[..., None], take(features, position), tokens)
         return _in_order(tokens, merged_size, position, group, kept)
 
+    @staticmethod
+    def of_tokens(tokens: Tensor, group: Tensor) -> "Reduction":
+        """Tokens [B, M, C] made elsewhere of what group [B, N] joins, none of them empty."""
+        nothing = torch.zeros(*group.shape, 1, device=group.device)
+        _, size, position = merge_groups(nothing, group, tokens.shape[1], None)
+        return _in_order(
+            tokens, size, position, group, torch.zeros_like(position, dtype=torch.bool)
+        )
+
 
 def merge_groups(
     x: Tensor, group: Tensor, num_groups: int, size: Tensor | None

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from restore_ext.cli.errors import UserError
-from restore_ext.methods import list_methods
+from restore_ext.methods import cards, list_methods
+from restore_ext.methods.catalogue import as_text
 from restore_ext.reduce import DEFAULT_METHOD
 
-METHODS = f"how tokens are picked: {', '.join(list_methods())}"
+METHODS = f"how tokens are picked (see restore-ext methods): {', '.join(list_methods())}"
 INSTALL = 'pip install "transformers>=4.57.6,<6" accelerate pillow tqdm'
 BACKENDS = ("op", "mask")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -53,6 +54,8 @@ def _run(arguments: argparse.Namespace) -> int:
         from restore_ext.config import show_config
 
         show_config()
+    elif arguments.command == "methods":
+        print(as_text(cards()))
     elif arguments.command == "demo":
         from restore_ext.cli.demo import demo
 
@@ -100,6 +103,8 @@ def _parser() -> Parser:
     evaluation.add_argument("--questions", type=int, default=2048)
     evaluation.add_argument("--only", default="", help="configurations whose name has this in it")
 
+    about = "what the methods need and do, and what RESTORE means there"
+    commands.add_parser("methods", help=about, description=about)
     commands.add_parser("config", help="facts about this build and this machine")
     return parser
 

@@ -10,6 +10,7 @@ from restore_ext import picture
 from restore_ext.cli.errors import UserError, check_reduction, one_line, open_image
 from restore_ext.cli.load import encode_prompt, quiet
 from restore_ext.cli.measure import Outcome, Task, table
+from restore_ext.methods import find_method
 from restore_ext.pocket import POCKET_NAME, held_out, load_pocket
 
 QUESTION = "how many objects ?"  # of a picture that came without one
@@ -25,7 +26,8 @@ def demo(arguments: argparse.Namespace) -> None:
     inputs = encode_prompt(POCKET_NAME, processor, image, question)
     task = Task(model, processor, inputs, max_new_tokens=1, repeats=arguments.repeats)
     outcomes = [task.answer("all tokens")]
-    for restore, label in ((False, f"{method} plain"), (True, f"{method} + RESTORE")):
+    ways = [(False, f"{method} plain"), (True, f"{method} + RESTORE")]
+    for restore, label in ways[: 1 + find_method(method).restores]:
         with restore_ext.attach(
             model, method=method, keep=keep, restore=restore, backend=arguments.backend
         ) as handle:

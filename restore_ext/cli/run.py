@@ -6,6 +6,7 @@ import restore_ext
 from restore_ext.cli.errors import UserError, check_reduction, one_line, open_image
 from restore_ext.cli.load import encode_prompt, load, quiet
 from restore_ext.cli.measure import Outcome, Task, table
+from restore_ext.methods import find_method
 
 NEW_TOKENS = 64  # where neither the user nor the checkpoint says
 
@@ -27,7 +28,8 @@ def run(arguments: argparse.Namespace) -> None:
     limit = new_tokens or model.generation_config.max_new_tokens or NEW_TOKENS
     task = Task(model, processor, inputs, limit, arguments.repeats)
     outcomes = [task.answer("all tokens")] if arguments.compare else []
-    ways = [False] if arguments.no_restore else [False, True] if arguments.compare else [True]
+    plain = arguments.no_restore or not find_method(arguments.method).restores
+    ways = [False] if plain else [False, True] if arguments.compare else [True]
     outcomes += [_reduced(task, arguments, restore) for restore in ways]
     print(f"{outcomes[-1].answer}\n\n{table(outcomes)}")
 

@@ -1,6 +1,6 @@
 """attach(): a model that reduces the visual tokens of every prompt by itself, until detached."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -57,8 +57,10 @@ def attach(
     model: Any,
     *,
     method: str = DEFAULT_METHOD,
+    options: Mapping[str, Any] | None = None,
     keep: int | Sequence[int] | Tensor | None = None,
     keep_ratio: float | None = None,
+    budget: str = "per_image",
     restore: bool = True,
     positions: str | None = None,
     calibrate: str | None = None,
@@ -79,10 +81,13 @@ def attach(
     same bits. Attaching again replaces. Threads may share an attached model.
 
     model       LlavaForConditionalGeneration or Qwen2_5_VLForConditionalGeneration
-    method      the base method, see reduce_tokens. The scores that some need are read off the
-                vision tower as it runs: CLS attention (LLaVA), attention received (Qwen2.5-VL).
+    method      the base method, see docs/methods.md. What some need beyond the features (scores,
+                keys) is read off the vision tower as it runs.
+    options     the method's own, as a dict, see reduce_tokens
     keep        tokens to keep of an image: an int, or one per image in the order of the batch
     keep_ratio  instead of keep: a share in (0, 1]
+    budget      "per_image", or "shared": keep and keep_ratio are of all the images of a row (a
+                prompt) together, which split it in proportion to their tokens, at least one each
     restore     True: merge what the method would drop, keep positions, calibrate. False: the plain
                 method, which prunes, re-indexes and does not calibrate. The next two override.
     positions   "original": every token left keeps the position of its source. "reindex": they are
@@ -113,6 +118,8 @@ def attach(
     settings = make_settings(
         axes=family.axes,
         method=method,
+        options=options,
+        budget=budget,
         keep=keep,
         keep_ratio=keep_ratio,
         restore=restore,

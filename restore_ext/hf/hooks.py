@@ -58,7 +58,7 @@ class Hooks:
 
     def install(self, patches: Patches) -> None:
         family = self.family
-        family.watch(patches, self.settings)
+        family.install(patches, self.settings)
         patches.hook(family.model, "forward_pre_hook", self._before_model, with_kwargs=True)
         patches.hook(family.inner, "forward_pre_hook", self._before_inner, with_kwargs=True)
         for module in (family.model, family.inner):
@@ -80,7 +80,7 @@ class Hooks:
         def get_image_features(*args: Any, **kwargs: Any) -> Any:
             if not self.handle.enabled:
                 return original(*args, **kwargs)
-            with recording() as record:
+            with recording(self.settings) as record:
                 output = original(*args, **kwargs)
             features = image_features(output)
             if features:

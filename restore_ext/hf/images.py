@@ -10,6 +10,7 @@ from restore_ext import profiling
 from restore_ext.checks import FLOATING, why_no_kernels
 from restore_ext.hf.settings import Settings
 from restore_ext.hf.vision import Seen
+from restore_ext.methods.problem import PROJECTED
 from restore_ext.reduce import reduce_tokens
 from restore_ext.reduction import Reduction
 
@@ -69,12 +70,18 @@ def reduce_images(
     first = [number.index(image) for image in range(seen.images)]
     tokens = [len(features[i]) for i in first]
     owner = _keep_of_image(settings, seen.images, rows, encoded_once)
-    budgets = settings.budgets(tokens, owner, seen.images)
+    row_of = [row for row, images in enumerate(rows) for _ in images]
+    budgets = settings.budgets(tokens, owner, [row_of[image] for image in first])
     if all(budget >= n for budget, n in zip(budgets, tokens, strict=True)):
         return None
     refuse()
     if seen.reduced is not None and seen.reduced[0] is settings:
         return [seen.reduced[1][image] for image in number]
+    if seen.by_tower or settings.chosen.place != PROJECTED:
+        raise ValueError(
+            f"method {settings.method!r} does not fit features that were encoded for another: "
+            "encode the images with the model attached, by this method"
+        )
     if settings.needs_scores and seen.scores is None:
         raise ValueError(
             f"method {settings.method!r} needs scores, which were not read: encode the images with "
@@ -116,19 +123,23 @@ def _reduce(
             retain=settings.retain,
             anchor_mode=settings.anchor_mode,
             seed=settings.seed,
+            **settings.options,
         )
-        reductions += [_one(batch, b, features[first]) for b in range(past - first)]
+        reductions += [one_image(batch, b, features[first]) for b in range(past - first)]
     return reductions
 
 
 def _stack(images: Sequence[Tensor]) -> Tensor:
+    return for_operators(torch.stack(list(images)))
+
+
+def for_operators(batch: Tensor) -> Tensor:
     """As the operators have it: on the CPU, in float32, where they lack the device or the dtype."""
-    batch = torch.stack(list(images))
     batch = batch if why_no_kernels(batch.device) is None else batch.cpu()
     return batch if batch.dtype in FLOATING else batch.float()
 
 
-def _one(batch: Reduction, b: int, like: Tensor) -> Reduction:
+def one_image(batch: Reduction, b: int, like: Tensor) -> Reduction:
     fields = (getattr(batch, field.name) for field in dataclasses.fields(batch))
     one = Reduction(*(tensor[b : b + 1].to(like.device) for tensor in fields))
     return dataclasses.replace(one, tokens=one.tokens.to(like.dtype))

@@ -93,8 +93,10 @@ def prepare_inputs(
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
     method: str = DEFAULT_METHOD,
+    options: Mapping[str, Any] | None = None,
     keep: int | Sequence[int] | Tensor | None = None,
     keep_ratio: float | None = None,
+    budget: str = "per_image",
     restore: bool = True,
     positions: str | None = None,
     calibrate: str | None = None,
@@ -137,6 +139,8 @@ def prepare_inputs(
     settings = make_settings(
         axes=family.axes,
         method=method,
+        options=options,
+        budget=budget,
         keep=keep,
         keep_ratio=keep_ratio,
         restore=restore,
@@ -198,8 +202,8 @@ def _encode(
     inputs = {name: tensor for name, tensor in tensors.items() if name in names}
     patches = Patches()
     try:
-        family.watch(patches, settings)
-        with recording() as record:
+        family.install(patches, settings)
+        with recording(settings) as record:
             features = image_features(encode(family.inner, **inputs, return_dict=True))
     finally:
         patches.undo()

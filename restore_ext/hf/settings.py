@@ -1,13 +1,15 @@
 """What a caller asked for, checked and completed before any work is done."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from torch import Tensor
 
 from restore_ext import checks
-from restore_ext.methods import needs_scores
+from restore_ext.methods import Method, find_method
+from restore_ext.methods.problem import PROJECTED
 from restore_ext.reduce import ANCHOR_MODES
 
 POSITIONS = ("original", "reindex")
@@ -15,6 +17,7 @@ CALIBRATIONS = ("size+distance", "size", "none")
 LAYER0 = ("uniform", "size")
 DEFAULT_LAYER0 = "size"
 BACKENDS = ("op", "mask")
+BUDGETS = ("per_image", "shared")
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,8 @@ class Settings:
     """The options of attach(), which explains them; none is left open."""
 
     method: str
+    options: Mapping[str, Any]
+    budget: str
     keep: int | tuple[int, ...] | None
     keep_ratio: float | None
     restore: bool
@@ -35,8 +40,12 @@ class Settings:
     seed: int
 
     @property
+    def chosen(self) -> Method:
+        return find_method(self.method)
+
+    @property
     def needs_scores(self) -> bool:
-        return needs_scores(self.method)
+        return self.chosen.needs_scores
 
     @property
     def sizes(self) -> bool:
@@ -46,24 +55,57 @@ class Settings:
     def distance(self) -> bool:
         return self.calibrate == "size+distance"
 
-    def budgets(self, tokens: Sequence[int], owner: Sequence[int], images: int) -> list[int]:
-        """How many tokens to keep of each of `images` images.
+    def budgets(
+        self, tokens: Sequence[int], owner: Sequence[int], rows: Sequence[int]
+    ) -> list[int]:
+        """How many tokens to keep of each image.
 
         tokens  the tokens of each image
         owner   which of the numbers in `keep` counts for each image, if there are several
+        rows    the row of each image, rising
         """
+        if self.budget == "shared":
+            shares: list[int] = []
+            for _, images in groupby(range(len(tokens)), key=lambda i: rows[i]):
+                of_row = [tokens[i] for i in images]
+                shares += split_budget(self._budget(sum(of_row)), of_row)
+            return shares
         if isinstance(self.keep, tuple):
-            return [self.keep[owner[i]] for i in range(images)]
-        if self.keep is not None:
-            return [self.keep] * images
-        assert self.keep_ratio is not None
-        return [max(1, round(self.keep_ratio * n)) for n in tokens]
+            return [self.keep[owner[i]] for i in range(len(tokens))]
+        return [self._budget(n) for n in tokens]
+
+    def _budget(self, tokens: int) -> int:
+        """Of so many tokens."""
+        if self.keep_ratio is not None:
+            return max(1, round(self.keep_ratio * tokens))
+        assert isinstance(self.keep, int)
+        return self.keep
+
+
+def split_budget(total: int, tokens: Sequence[int]) -> list[int]:
+    """One budget over several images, in proportion to their tokens.
+
+    Every image gets one token, however small the total. What is left is shared out in proportion to
+    the tokens that remain: whole shares first, then one each to the largest remainders, the earlier
+    image first. So the numbers sum to the total, where that is no less than the images and no more
+    than the tokens, and no image gets more than it has. Only counts decide, which the host knows.
+    """
+    rest = [n - 1 for n in tokens]
+    left = min(max(total - len(tokens), 0), sum(rest))
+    shares = [left * n // max(sum(rest), 1) for n in rest]
+    remainders = [left * n % max(sum(rest), 1) for n in rest]
+    by_remainder = sorted(range(len(tokens)), key=lambda i: -remainders[i])
+    for i in by_remainder[: left - sum(shares)]:
+        shares[i] += 1
+    return [1 + share for share in shares]
 
 
 def make_settings(
     *,
     axes: int,
     method: Any,
+    options: Any,
+    budget: Any,
     keep: Any,
     keep_ratio: Any,
     restore: Any,
@@ -80,9 +122,23 @@ def make_settings(
 
     raises  TypeError, ValueError: naming the argument, what was wanted and what came
     """
-    needs_scores(method)  # refuses an unknown name
+    options = {} if options is None else options
+    if not isinstance(options, Mapping):
+        raise TypeError(f"options must be a dict of the method's options, got {options!r}")
+    chosen = find_method(method, options)
+    checks.require_one_of("budget", budget, BUDGETS)
     keep, keep_ratio = _budget(keep, keep_ratio)
+    if budget == "shared" and isinstance(keep, tuple):
+        raise ValueError(
+            f"keep must be one int for budget='shared', the total of a row, got {list(keep)}"
+        )
     checks.require_flag("restore", restore)
+    if chosen.place != PROJECTED and (isinstance(keep, tuple) or budget == "shared"):
+        raise ValueError(
+            f"keep must be one int and budget 'per_image' for method {method}, which treats the "
+            f"pictures of a batch alike, got keep={keep!r} and budget={budget!r}"
+        )
+    restore = restore and chosen.restores
     mrope = axes > 1
     if positions is None:
         positions = "original" if restore or mrope else "reindex"
@@ -101,6 +157,8 @@ def make_settings(
     checks.require_one_of("anchor_mode", anchor_mode, ANCHOR_MODES)
     return Settings(
         method,
+        dict(options),
+        budget,
         keep,
         keep_ratio,
         restore,

@@ -1,49 +1,73 @@
-"""The base methods: which tokens stay. One a file; RESTORE then merges what they would drop."""
+"""The methods, one a file: which tokens stay. RESTORE then merges what they would drop."""
 
+from collections.abc import Mapping
 from typing import Any
 
+from restore_ext.methods.catalogue import Card
 from restore_ext.methods.divprune import DIVPRUNE
+from restore_ext.methods.downsample import DOWNSAMPLE
+from restore_ext.methods.fastervlm import FASTERVLM
 from restore_ext.methods.holov import HOLOV
 from restore_ext.methods.problem import Method, Problem
 from restore_ext.methods.random import RANDOM
+from restore_ext.methods.token_pooling import TOKEN_POOLING
 from restore_ext.methods.tome import TOME
+from restore_ext.methods.tome_vit import TOME_VIT
 from restore_ext.methods.uniform import UNIFORM
+from restore_ext.methods.visionzip import VISIONZIP
 from restore_ext.methods.vispruner import VISPRUNER
 
-__all__ = ["METHODS", "Method", "Problem", "find_method", "list_methods", "needs_scores"]
+__all__ = [
+    "METHODS",
+    "TOWER_METHODS",
+    "Card",
+    "Method",
+    "Problem",
+    "cards",
+    "find_method",
+    "list_methods",
+]
 
+# What reduce_tokens does.
 METHODS: dict[str, Method] = {
     "random": RANDOM,
     "uniform": UNIFORM,
     "divprune": DIVPRUNE,
+    "fastervlm": FASTERVLM,
     "vispruner": VISPRUNER,
     "holov": HOLOV,
+    "visionzip": VISIONZIP,
     "tome": TOME,
+    "token_pooling": TOKEN_POOLING,
 }
+
+# What takes a vision tower: attach() and prepare_inputs() alone.
+TOWER_METHODS: dict[str, Method] = {"tome_vit": TOME_VIT, "downsample": DOWNSAMPLE}
 
 
 def list_methods() -> list[str]:
-    """The names `reduce_tokens(method=...)` knows."""
-    return list(METHODS)
+    """The names `attach(method=...)` knows; docs/methods.md says what each needs and does."""
+    return [card.name for card in cards()]
 
 
-def needs_scores(name: str) -> bool:
-    """Whether the method reads the tokens' importance; ValueError for a name that is unknown."""
-    return find_method(name).needs_scores
+def cards() -> list[Card]:
+    """The table of methods, row by row."""
+    return [Card.of(name, method) for name, method in (METHODS | TOWER_METHODS).items()]
 
 
-def find_method(name: str, options: dict[str, Any] | None = None) -> Method:
+def find_method(name: str, options: Mapping[str, Any] | None = None) -> Method:
     """The method of this name, its options checked.
 
     raises  ValueError: an unknown name, or an option out of range
             TypeError: an option the method does not have, or one of the wrong type
     """
-    if not isinstance(name, str) or name not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {name!r}")
-    method = METHODS[name]
+    known = METHODS | TOWER_METHODS
+    if not isinstance(name, str) or name not in known:
+        raise ValueError(f"method must be one of {', '.join(known)}, got {name!r}")
+    method = known[name]
     for option, value in (options or {}).items():
         if option not in method.options:
-            known = ", ".join(method.options) or "none"
-            raise TypeError(f"method {name} has no option {option!r}; its options are: {known}")
+            has = ", ".join(method.options) or "none"
+            raise TypeError(f"method {name} has no option {option!r}; its options are: {has}")
         method.options[option](option, value)
     return method

@@ -11,4 +11,6 @@ def select(problem: Problem, budget: int) -> Tensor:
     return ops.select_diverse(problem.metric, budget)
 
 
-DIVPRUNE = Method(select)
+DIVPRUNE = Method(
+    select, source="2503.02175", about="those that differ most: greedy max-min of the distance"
+)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from restore_ext.checks import require_count
-from restore_ext.methods.problem import Method, Problem
+from restore_ext.methods.problem import CLS, Method, Problem
 from restore_ext.rows import falling, ranks, where_true
 
 ALPHA = 0.09  # weight of the variance against attention
@@ -86,4 +86,10 @@ def _allocate(weight: Tensor, length: Tensor, budget: int) -> Tensor:
     return allocated.scatter_add(1, order, extra)
 
 
-HOLOV = Method(select, needs_scores=True, options={"num_chunks": require_count})
+HOLOV = Method(
+    select,
+    scores=CLS,
+    options={"num_chunks": require_count},
+    source="2510.02912",
+    about="the highest attention of the CLS token in every part of the picture",
+)

@@ -35,4 +35,4 @@ def _shift(word: Tensor, bits: int) -> Tensor:
     return (word >> bits) & ((1 << (64 - bits)) - 1)
 
 
-RANDOM = Method(select)
+RANDOM = Method(select, about="a fair draw: the floor")

@@ -25,11 +25,7 @@ def merge(problem: Problem, budget: int, *, share: float = 0.5) -> Tensor:
     n = N
     while n > budget:
         r = min(n - budget, n // 2, max(1, int(share * n)))
-        _, src, dst = ops.match_bipartite(metric, r)
-        index = torch.arange(n, device=metric.device).expand(B, n)
-        stays = torch.ones_like(index, dtype=torch.bool).scatter(1, src, False)
-        name = (stays.cumsum(1) - 1).gather(1, index.scatter(1, src, dst))  # a pair shares dst's
-        group = name.gather(1, group)
+        group = join_pairs(metric, r).gather(1, group)
         n -= r
         metric, _, position = ops.merge_tokens(problem.metric, group, n, size=problem.size)
         order = position.argsort(1)
@@ -37,4 +33,18 @@ def merge(problem: Problem, budget: int, *, share: float = 0.5) -> Tensor:
     return group
 
 
-TOME = Method(merge, merges=True, options={"share": partial(require_share, above_zero=True)})
+def join_pairs(metric: Tensor, r: int, *, class_token: bool = False) -> Tensor:
+    """One round: the new index [B, N] of every token of metric [B, N, C], in the old order, once
+    the r most similar pairs of `ops.match_bipartite` are one token each, at the odd one's place."""
+    _, src, dst = ops.match_bipartite(metric, r, class_token=class_token)
+    index = torch.arange(metric.shape[1], device=metric.device).expand(metric.shape[:2])
+    stays = torch.ones_like(index, dtype=torch.bool).scatter(1, src, False)
+    return (stays.cumsum(1) - 1).gather(1, index.scatter(1, src, dst))
+
+
+TOME = Method(
+    merge=merge,
+    options={"share": partial(require_share, above_zero=True)},
+    source="2210.09461",
+    about="the most similar pairs, round after round",
+)

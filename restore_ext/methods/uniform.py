@@ -13,4 +13,4 @@ def select(problem: Problem, budget: int) -> Tensor:
     return (odd * N // (2 * budget)).expand(B, budget)
 
 
-UNIFORM = Method(select)
+UNIFORM = Method(select, about="evenly spaced in raster order")

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from restore_ext import ops
 from restore_ext.checks import require_count, require_share
-from restore_ext.methods.problem import Method, Problem
+from restore_ext.methods.problem import CLS, TOWER_FEATURES, Method, Problem
 from restore_ext.rows import falling, take
 
 
@@ -31,5 +31,10 @@ def select(problem: Problem, budget: int, *, important_ratio: float = 0.5, step:
 
 
 VISPRUNER = Method(
-    select, needs_scores=True, options={"important_ratio": require_share, "step": require_count}
+    select,
+    scores=CLS,
+    metric=TOWER_FEATURES,
+    options={"important_ratio": require_share, "step": require_count},
+    source="2412.01818",
+    about="half by attention of the CLS token, half by dropping duplicates",
 )

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from restore_ext.methods import list_methods
+from restore_ext.methods import METHODS, TOWER_METHODS, find_method
+from restore_ext.methods.problem import TOWER
 from restore_ext.pocket.model import encode
 from restore_ext.pocket.scenes import ID, held_out
 from restore_ext.pocket.shared import shared_work
@@ -59,11 +60,11 @@ class Configuration:
 def configurations() -> list[Configuration]:
     """Everything the table shows, named "full" or METHOD/BUDGET/WAY."""
     named = []
-    for method in list_methods():
+    for method, what in (METHODS | TOWER_METHODS).items():
         for keep in BUDGETS:
-            here = {**WAYS}
-            if method == "tome":
-                del here["official"]  # it merges by itself: it has no anchors
+            here = {**WAYS} if what.restores else {"plain": PLAIN}
+            if what.select is None:
+                here.pop("official", None)  # it merges by itself: it has no anchors
             if method in ABLATION_METHODS and keep in ABLATION_BUDGETS:
                 here |= STEPS
             for way, options in here.items():
@@ -100,16 +101,29 @@ def answer(model: Any, processor: Any, batch: Batch, backend: str = "op") -> Rig
     scenes = [held_out(index) for index in range(batch.start, batch.stop)]
     wanted = [ID[scene.question.answer] for scene in scenes]
     right: Right = {}
-    with shared_work(model), torch.no_grad():
-        inputs = encode(processor, [s.image for s in scenes], [s.question.text for s in scenes])
-        for c in batch.todo:
-            if c.options:
-                with restore_ext.attach(model, backend=backend, **c.options):
-                    words = first_words(model, inputs)
-            else:
+    inputs = encode(processor, [s.image for s in scenes], [s.question.text for s in scenes])
+
+    def ask(c: Configuration) -> None:
+        if c.options:
+            with restore_ext.attach(model, backend=backend, **c.options):
                 words = first_words(model, inputs)
-            right[c.name] = [w == a for w, a in zip(words, wanted, strict=True)]
+        else:
+            words = first_words(model, inputs)
+        right[c.name] = [w == a for w, a in zip(words, wanted, strict=True)]
+
+    with torch.no_grad():
+        with shared_work(model):
+            for c in batch.todo:
+                if not _in_tower(c):
+                    ask(c)
+        for c in batch.todo:
+            if _in_tower(c):  # hooks in blocks, which may not be left out
+                ask(c)
     return right
+
+
+def _in_tower(c: Configuration) -> bool:
+    return bool(c.options) and find_method(c.options["method"]).place == TOWER
 
 
 def add(right: Right, batch: Batch, answers: Right) -> None:

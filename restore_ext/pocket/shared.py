@@ -34,7 +34,11 @@ def shared_work(model: Any) -> Iterator[None]:
         for part in parts:
             part.forward = Memory(part.forward, kept=1)
         for name, method in methods.items():
-            METHODS[name] = dataclasses.replace(method, run=Memory(method.run))
+            METHODS[name] = dataclasses.replace(
+                method,
+                select=method.select and Memory(method.select),
+                merge=method.merge and Memory(method.merge),
+            )
         for name, operator in operators.items():
             setattr(ops, name, Memory(operator))
         yield

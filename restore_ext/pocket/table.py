@@ -59,12 +59,15 @@ def _main(right: Right) -> str:
             plain = right.get(f"{method}/{keep}/plain")
             paper = right.get(f"{method}/{keep}/paper")
             official = right.get(f"{method}/{keep}/official")
-            if plain is None or paper is None:
+            if plain is None:
                 continue
-            cells = [str(keep), method, _mean(plain), _mean(paper), _gain(paper, plain)]
-            if official is None:
-                cells += ["no anchors", ""]
+            cells = [str(keep), method, _mean(plain)]
+            if paper is None:
+                cells += [""] * 4
+            elif official is None:
+                cells += [_mean(paper), _gain(paper, plain), "no anchors", ""]
             else:
+                cells += [_mean(paper), _gain(paper, plain)]
                 cells += [_mean(official), _gain(official, paper)]
             lines.append(cells)
     titles = ["tokens", "method", "plain", "+ RESTORE", "gain", "official anchors"]

@@ -14,6 +14,7 @@ from restore_ext.hf.attention import PREPARED, require_mask_attention
 from restore_ext.hf.patches import Patches
 from restore_ext.hf.settings import Settings
 from restore_ext.hf.vision import Record, Seen
+from restore_ext.methods.problem import PROJECTED
 from restore_ext.rope import rope_decay
 
 OP_HEAD_SIZES = range(32, 257, 8)
@@ -106,7 +107,7 @@ class Family(ABC):
         self.require_free()
         trial = Patches()
         try:
-            self.watch(trial, settings)
+            self.install(trial, settings)
         finally:
             trial.undo()
 
@@ -115,21 +116,43 @@ class Family(ABC):
         if any(module.config._attn_implementation == PREPARED for module in self.attentions):
             raise RuntimeError("model is in a `with` block of prepare_inputs(): leave that first")
 
+    def install(self, patches: Patches, settings: Settings) -> None:
+        """Puts on the model, in front of its language model, what the method needs."""
+        if settings.chosen.place == PROJECTED:
+            self.watch(patches, settings)
+        else:
+            self.watch_tower(patches, settings)
+
     @abstractmethod
     def watch(self, patches: Patches, settings: Settings) -> None:
         """Puts on the vision tower what fills a Record, as far as the method needs it."""
 
+    def watch_tower(self, patches: Patches, settings: Settings) -> None:
+        """The same for a method that acts on the picture or in the tower."""
+        raise NotImplementedError(
+            f"method {settings.method} needs a vision tower of a fixed grid of patches (llava), "
+            f"got {self.name}; make its pictures smaller in the processor"
+        )
+
     @abstractmethod
     def scores(self, record: Record, tokens: Sequence[int], inputs: dict[str, Any]) -> Tensor:
-        """Scores [sum of tokens] from a record; inputs are those of get_image_features()."""
+        """What was read of each token, in the order of the features: record.attention, whose rows
+        are numbers [B, N] or vectors [B, N, D], as [sum of tokens] or [sum of tokens, D].
+
+        tokens of each image; inputs are those of get_image_features()"""
 
     @profiling.range("score_images")
     def seen(self, record: Record, features: Sequence[Tensor], inputs: dict[str, Any]) -> Seen:
         """What a record says of the features that get_image_features(**inputs) returned."""
         tokens = [len(image) for image in features]
         seen = Seen(len(tokens))
+        if record.reduced:
+            seen.reduced, seen.by_tower = (record.settings, record.reduced), True
         if record.attention:
             seen.scores = _split(self.scores(record, tokens, inputs), tokens)
+        if record.keys:
+            keys = dataclasses.replace(record, attention=record.keys)
+            seen.metric = _split(self.scores(keys, tokens, inputs), tokens)
         if record.tower is not None:
             seen.metric = _split(record.tower.flatten(0, -2), tokens)
         return seen

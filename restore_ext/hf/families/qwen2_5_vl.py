@@ -15,7 +15,8 @@ from restore_ext.hf.vision import Record, received_attention, watch_attention
 class Qwen2_5_VL(Family):
     """There is no CLS token: scores are the attention a patch receives in the last block of full
     attention, averaged over heads and queries of its image, and over the patches that merge into
-    one token. Every method compares the merged features. Videos are left as they are."""
+    one token; keys likewise. Methods that do not ask for keys compare the merged features. Videos
+    are left as they are."""
 
     name = "qwen2_5_vl"
     model_class = "Qwen2_5_VLForConditionalGeneration"
@@ -35,7 +36,7 @@ class Qwen2_5_VL(Family):
     def scores(self, record: Record, tokens: Sequence[int], inputs: dict[str, Any]) -> Tensor:
         visual = self.inner.visual
         patches = torch.cat([call[0] for call in record.attention])  # frame after frame
-        merged = patches.unflatten(0, (-1, visual.spatial_merge_unit)).mean(-1)
+        merged = patches.unflatten(0, (-1, visual.spatial_merge_unit)).mean(1)
         merge = visual.spatial_merge_size
         side = visual.window_size // merge // visual.patch_size
         scores, first = torch.empty_like(merged), 0

@@ -1,0 +1,126 @@
+"""One budget for each image, or one for all the images of a prompt; the methods' own options."""
+
+from fractions import Fraction
+
+import pytest
+import torch
+from hf_harness import assert_is_naive, attach, each_family, forward, generate
+
+import restore_ext
+from restore_ext.hf.settings import split_budget
+from restore_ext.testing.models import (
+    RAGGED,
+    TWO_IMAGES,
+    VERSION,
+    Picture,
+    image_tokens,
+    make_inputs,
+    tiny_model,
+)
+
+THREE = [(4, Picture(8, 12), 2, Picture(4, 6), Picture(6, 8), 3)]
+
+
+def kept(handle) -> list[int]:
+    return [image.tokens_after for image in handle.last.images]
+
+
+def by_hand(total: int, tokens: list[int]) -> list[int]:
+    """The same in fractions: one each, then shares of what is left, then the largest remainders."""
+    left = min(max(total - len(tokens), 0), sum(tokens) - len(tokens))
+    whole = sum(tokens) - len(tokens)
+    exact = [Fraction(left * (n - 1), whole) if whole else Fraction(0) for n in tokens]
+    got = [int(e) for e in exact]
+    while sum(got) < left:
+        lacks = [e - g for e, g in zip(exact, got, strict=True)]
+        got[lacks.index(max(lacks))] += 1
+    return [1 + g for g in got]
+
+
+def test_a_total_is_split_in_proportion_and_exactly():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(300):
+        count = int(torch.randint(1, 7, (1,), generator=generator))
+        tokens = torch.randint(1, 50, (count,), generator=generator).tolist()
+        for total in (1, count, count + 1, sum(tokens) // 3 + 1, sum(tokens) - 1, sum(tokens), 999):
+            shares = split_budget(total, tokens)
+            assert shares == by_hand(total, tokens)
+            assert sum(shares) == min(max(total, count), sum(tokens))
+            assert all(1 <= share <= n for share, n in zip(shares, tokens, strict=True))
+    assert split_budget(10, [5, 5, 5]) == [4, 3, 3]
+    assert split_budget(100, [576, 576, 144]) == [44, 44, 12]
+
+
+@each_family
+def test_a_shared_budget_is_the_total_of_a_row(family):
+    inputs = make_inputs(family, THREE)
+    model = tiny_model(family)
+    tokens = image_tokens(inputs)
+    for keep in (1, 3, 11, 20):
+        handle = attach(model, keep=keep, budget="shared", method="uniform")
+        forward(model, inputs)
+        assert kept(handle) == split_budget(keep, tokens) and sum(kept(handle)) == max(keep, 3)
+    handle = restore_ext.attach(model, keep_ratio=0.25, budget="shared", method="uniform")
+    forward(model, inputs)
+    assert sum(kept(handle)) == round(0.25 * sum(tokens))
+    handle = attach(model, keep=sum(tokens), budget="shared", method="uniform")
+    forward(model, inputs)
+    assert handle.last is None
+
+
+@each_family
+@pytest.mark.parametrize("method", ["vispruner", "token_pooling"])
+def test_a_batch_of_rows_with_shared_budgets_is_the_naive_model(family, method):
+    inputs = make_inputs(family, RAGGED)
+    model = tiny_model(family)
+    handle = attach(model, keep=13, budget="shared", method=method)
+    assert_is_naive(family, inputs, handle, generate(model, inputs))
+    first, second, third = image_tokens(inputs)
+    assert kept(handle) == [*split_budget(13, [first, second]), min(13, third)]
+
+
+@each_family
+def test_beams_share_as_their_row_does(family):
+    rows = RAGGED if VERSION >= (5, 18) or family != "llava" else [(5, Picture(), 7)] * 2
+    inputs = make_inputs(family, rows)
+    model = tiny_model(family)
+    handle = attach(model, keep=13, budget="shared", method="uniform")
+    generate(model, inputs)
+    alone = kept(handle)
+    generate(model, inputs, num_beams=2)
+    assert sorted(kept(handle)) == sorted(alone * 2)
+
+
+@each_family
+def test_an_option_of_the_method_comes_through(family):
+    inputs = make_inputs(family, TWO_IMAGES)
+    found = []
+    for options in (None, {"algorithm": "medoids"}, {"algorithm": "means", "iterations": 1}):
+        model = tiny_model(family)
+        handle = attach(model, method="token_pooling", options=options)
+        forward(model, inputs)
+        found.append([image.reduction.group for image in handle.last.images])
+    default, medoids, means = found
+    assert all(torch.equal(a, b) for a, b in zip(default, medoids, strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(default, means, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"budget": "joint"}, ValueError, "budget must be one of per_image, shared, got 'joint'"),
+        (
+            {"budget": "shared", "keep": [4, 4]},
+            ValueError,
+            r"one int for budget='shared', .*\[4, 4\]",
+        ),
+        ({"options": [1]}, TypeError, r"options must be a dict .* got \[1\]"),
+        ({"options": {"step": 0}}, ValueError, "step must be an int >= 1, got 0"),
+        ({"options": {"share": 1}}, TypeError, "vispruner has no option 'share'"),
+    ],
+)
+def test_says_what_is_wrong_and_attaches_nothing(given, error, message):
+    model = tiny_model("llava")
+    with pytest.raises(error, match=message):
+        attach(model, **given)
+    assert not hasattr(model, "_restore_ext_handle")
