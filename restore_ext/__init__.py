@@ -18,7 +18,7 @@ from restore_ext.reduction import Reduction
 from restore_ext.rope import rope_decay
 
 if TYPE_CHECKING:
-    from restore_ext.hf import attach, prepare_inputs
+    from restore_ext.hf import attach, list_families, prepare_inputs
 
 __version__ = "0.1.0"
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "attach",
     "calibrated_attention",
     "calibrated_attention_paged",
+    "list_families",
     "match_bipartite",
     "merge_tokens",
     "prepare_inputs",
@@ -41,7 +42,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # The hook needs transformers, the rest of the package does not.
-    if name in ("attach", "prepare_inputs"):
+    if name in ("attach", "list_families", "prepare_inputs"):
         from restore_ext import hf
 
         return getattr(hf, name)

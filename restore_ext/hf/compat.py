@@ -36,12 +36,10 @@ def encodes_before_forward(model: nn.Module) -> bool:
 
 
 def image_features(output: Any) -> list[Tensor]:
-    """The projected features [N, C] per image in what get_image_features() returned.
-
-    The result holds the very tensors of `output`: 4.57 returns them, 5.x an object with them.
-    """
+    """The projected features [N, C], image by image or row by row, in what get_image_features()
+    returned: 4.57 returns them, 5.x an object with them; a tensor where all are of one size."""
     features = getattr(output, "pooler_output", output)
-    return list(features) if isinstance(features, (list, tuple)) else []
+    return list(features) if isinstance(features, (list, tuple, Tensor)) else []
 
 
 def attention_named(name: str, module: nn.Module) -> Callable[..., Any]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from restore_ext.hf.cache import RestoreLayer, Side
 from restore_ext.hf.families import Family
-from restore_ext.hf.images import images_of_rows, reduce_images
+from restore_ext.hf.images import images_of_rows, reduce_images, without_separators
 from restore_ext.hf.plan import SequencePlan, plan_sequence
 from restore_ext.hf.report import ImageReport, LayerReport, Report
 from restore_ext.hf.settings import Settings
@@ -79,6 +79,7 @@ def cut_sequence(
     per_row = [is_image.sum(1), valid.sum(1), past_image, positions.amax().expand(B)]
     counts = torch.stack(per_row).tolist()  # the one wait for the device
     rows = images_of_rows(counts[0], [len(image) for image in features])
+    features, is_image = without_separators(features, seen, rows, is_image)
     reductions = reduce_images(
         features, seen, rows, settings, encoded_once=encoded_once, refuse=refuse
     )

@@ -17,7 +17,7 @@ from restore_ext.hf.compat import encodes_before_forward, image_features
 from restore_ext.hf.cut import Cut, cut_sequence, new_side, padding_mask, side_before
 from restore_ext.hf.families import Family
 from restore_ext.hf.generation import drafted, in_chunks, watch_generation
-from restore_ext.hf.images import images_of_rows, reduce_images
+from restore_ext.hf.images import images_of_rows, reduce_images, without_separators
 from restore_ext.hf.patches import Patches
 from restore_ext.hf.settings import Settings
 from restore_ext.hf.vision import Seen, recall, recording, remember
@@ -82,11 +82,10 @@ class Hooks:
                 return original(*args, **kwargs)
             with recording() as record:
                 output = original(*args, **kwargs)
-            features = image_features(output)
-            if features:
+            if image_features(output):
                 inputs = signature.bind(*args, **kwargs).arguments
-                seen = self.family.seen(record, features, inputs)
-                remember(features, seen)
+                features, seen = self.family.images(record, output, inputs)
+                remember(output, seen)
                 call = _CALL.get()
                 if call is not None and call.is_image is not None:
                     call.features, call.seen = features, seen
@@ -153,10 +152,11 @@ class Hooks:
         features, seen = _remembered(encoded)
         if cache is not None and (mask is None or mask.shape[1] == input_ids.shape[1]):
             input_ids = input_ids[:, cache.get_seq_length() :]  # else these are the new ones alone
-        counts = self.family.placeholders(input_ids, None).sum(1).tolist()
-        rows = images_of_rows(counts, [len(image) for image in features])
+        is_image = self.family.placeholders(input_ids, None)
+        rows = images_of_rows(is_image.sum(1).tolist(), [len(image) for image in features])
         once = self._encoded_once
         if seen is not None:
+            features, _ = without_separators(features, seen, rows, is_image)
             reduce_images(features, seen, rows, self.settings, encoded_once=once, refuse=refuse)
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -299,12 +299,11 @@ class Hooks:
 def _remembered(encoded: Any) -> tuple[list[Tensor], Seen | None]:
     """The features in what get_image_features() returned, and what was seen beside them; None if
     there are no features."""
-    features = image_features(encoded)
-    seen = recall(features)
+    features, seen = image_features(encoded), recall(encoded)
     if features and seen is None:
         raise NotImplementedError(
             "mm_encoder_outputs must come whole from get_image_features() of this model, attached "
             "and enabled; got features of elsewhere (accelerate copies them where the vision tower "
             "is on another device than the inputs)"
         )
-    return features, seen
+    return features if seen is None else seen.split(features), seen

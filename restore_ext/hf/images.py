@@ -48,6 +48,23 @@ def originals(rows: Sequence[Sequence[int]], copies: int) -> list[int]:
     return numbers
 
 
+def without_separators(
+    features: list[Tensor], seen: Seen, rows: Sequence[Sequence[int]], is_image: Tensor
+) -> tuple[list[Tensor], Tensor]:
+    """The features [N, C] of each image, and where they go [B, S], less those that separate (the
+    newlines of LLaVA-NeXT): to the plan they are text."""
+    if seen.visual is None:
+        return features, is_image
+    number = originals(rows, len(features) // seen.images)
+    visual = [seen.visual[image] for image in number]
+    marks = [
+        torch.zeros(len(image), dtype=torch.bool, device=image.device).index_fill(0, rest, True)
+        for image, rest in zip(features, visual, strict=True)
+    ]
+    left = [image[rest] for image, rest in zip(features, visual, strict=True)]
+    return left, is_image.masked_scatter(is_image, torch.cat(marks).to(is_image.device))
+
+
 @profiling.range("select_images")
 def reduce_images(
     features: Sequence[Tensor],

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
+from transformers.utils import ModelOutput
 
 from restore_ext.hf.attention import MASK_NEEDS, NamedConfig, stock_attention
 from restore_ext.hf.patches import Patches
@@ -21,12 +22,21 @@ _ATTRIBUTE = "restore_ext_seen"
 
 @dataclass
 class Seen:
-    """Beside the features of a batch of images: importance, and what methods may compare."""
+    """Beside the features of a batch of images: importance, and what methods may compare, of those
+    that are no separators."""
 
     images: int
     scores: list[Tensor] | None = None  # [N] float32 per image
     metric: list[Tensor] | None = None  # [N, Cm] per image; None: the features themselves
+    visual: list[Tensor] | None = None  # [n] int64 per image, rising: its features but separators
+    per_image: int | None = None  # features of an image, where several are in one tensor
     reduced: tuple[Any, list[Reduction]] | None = None  # what came of it, and with which settings
+
+    def split(self, features: list[Tensor]) -> list[Tensor]:
+        """The features [N, C] image by image."""
+        if self.per_image is None:
+            return features
+        return [image for row in features if len(row) for image in row.split(self.per_image)]
 
 
 @dataclass
@@ -52,7 +62,7 @@ def recording() -> Iterator[Record]:
 
 
 def watch_attention(patches: Patches, module: nn.Module, score: Any) -> None:
-    """Records score(query, key, scaling) of every call of a vision attention module."""
+    """Records score(query, key, scaling, mask) of every call of a vision attention module."""
     watching = NamedConfig(module.config, WATCHED, score)
     name = watching.stock._attn_implementation
     if name not in MASK_NEEDS:
@@ -88,33 +98,60 @@ def watched(
         scaling = kwargs.get("scaling")
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         with torch.no_grad():
-            record.attention.append(module.config.state(query.float(), key.float(), scale))
+            score = module.config.state(query.float(), key.float(), scale, attention_mask)
+            record.attention.append(score)
     return stock_attention(module, query, key, value, attention_mask, **kwargs)
 
 
-def cls_attention(query: Tensor, key: Tensor, scale: float) -> Tensor:
+def cls_attention(query: Tensor, key: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
     """The CLS token's attention to the others, averaged over heads: [B, H, N+1, D] to [B, N]."""
-    share = (query[:, :, :1] @ key.mT * scale).softmax(-1)
+    share = _masked(query[:, :, :1] @ key.mT * scale, mask, 0).softmax(-1)
     return share[:, :, 0, 1:].mean(1)
 
 
-def received_attention(query: Tensor, key: Tensor, scale: float) -> Tensor:
-    """What every token gets, averaged over heads and queries: [B, H, N, D] to [B, N]."""
+def received_attention(
+    query: Tensor, key: Tensor, scale: float, mask: Tensor | None = None
+) -> Tensor:
+    """What every token gets, averaged over heads and over the queries that see it: [B, H, N, D] to
+    [B, N].
+
+    mask  [B or 1, 1, N or 1, N], bool or what is added to the logits: the images of one sequence do
+          not see each other
+    """
+    N = query.shape[2]
     total = query.new_zeros(key.shape[:3])
-    for some in query.split(_CHUNK, dim=2):
-        total += (some @ key.mT * scale).softmax(-1).sum(2)
-    return total.mean(1) / query.shape[2]
+    for first in range(0, N, _CHUNK):
+        logits = query[:, :, first : first + _CHUNK] @ key.mT * scale
+        total += _masked(logits, mask, first).softmax(-1).sum(2)
+    if mask is None:
+        return total.mean(1) / N
+    return total.mean(1) / _allowed(mask).expand(-1, 1, N, -1).sum((1, 2)).clamp(min=1)
 
 
-def remember(features: list[Tensor], seen: Seen) -> None:
-    """Ties `seen` to the features. generate() may encode long before the forward and repeat the
-    list for its beams, but hands on the same tensors."""
-    if features:
-        setattr(features[0], _ATTRIBUTE, seen)
+def _allowed(mask: Tensor) -> Tensor:
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
-def recall(features: list[Tensor]) -> Seen | None:
-    return getattr(features[0], _ATTRIBUTE, None) if features else None
+def _masked(logits: Tensor, mask: Tensor | None, first: int) -> Tensor:
+    """Logits [B, H, T, N] of the queries from `first` on, with the mask."""
+    if mask is None:
+        return logits
+    if mask.shape[2] > 1:
+        mask = mask[:, :, first : first + logits.shape[2]]
+    if mask.dtype != torch.bool:
+        logits = logits + mask
+    return logits.masked_fill(~_allowed(mask), torch.finfo(logits.dtype).min)
+
+
+def remember(output: Any, seen: Seen) -> None:
+    """Ties `seen` to what get_image_features() returned. From 5.18 on generate() may encode long
+    before the forward, and repeat the features for its beams, but hands on the same object."""
+    if isinstance(output, ModelOutput):
+        setattr(output, _ATTRIBUTE, seen)
+
+
+def recall(output: Any) -> Seen | None:
+    return getattr(output, _ATTRIBUTE, None)
 
 
 AttentionInterface.register(WATCHED, watched)

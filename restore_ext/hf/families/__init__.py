@@ -6,16 +6,39 @@ from restore_ext.hf.families.family import Family
 from restore_ext.hf.families.llava import Llava
 from restore_ext.hf.families.qwen2_5_vl import Qwen2_5_VL
 
-__all__ = ["FAMILIES", "Family", "find_family"]
+__all__ = ["FAMILIES", "REFUSED", "Family", "find_family", "list_families"]
 
-FAMILIES: tuple[type[Family], ...] = (Llava, Qwen2_5_VL)
+FAMILIES: tuple[type[Family], ...] = (
+    Llava,
+    Qwen2_5_VL,
+)
+
+# Classes that cannot be hooked, and why.
+REFUSED = {
+    "Llama4ForConditionalGeneration": "its RoPE is a table of complex numbers, left out in some "
+    "layers, and its attention is cut into chunks of the original positions",
+    "MllamaForConditionalGeneration": "its image tokens are no part of the sequence: layers of "
+    "cross-attention read them, which have neither positions nor a growing cache",
+}
+
+
+def list_families() -> list[str]:
+    """The names of the families of models that attach() and prepare_inputs() know."""
+    return [family.name for family in FAMILIES]
 
 
 def find_family(model: Any) -> Family:
-    """The family of a model; TypeError, listing those there are, if it has none."""
+    """The family of a model.
+
+    raises  NotImplementedError: a class that is known and cannot be hooked, with the reason
+            TypeError: any other class without a family, listing those that have one
+    """
     classes = {cls.__name__ for cls in type(model).__mro__}
     for family in FAMILIES:
         if family.model_class in classes:
             return family(model)
+    for name, reason in REFUSED.items():
+        if name in classes:
+            raise NotImplementedError(f"model must not be a {name}: {reason}")
     known = ", ".join(f"{family.name} ({family.model_class})" for family in FAMILIES)
     raise TypeError(f"model must be of a supported family: {known}; got {type(model).__name__}")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from restore_ext import checks, profiling
 from restore_ext.hf.attention import PREPARED, require_mask_attention
+from restore_ext.hf.compat import image_features
 from restore_ext.hf.patches import Patches
 from restore_ext.hf.settings import Settings
 from restore_ext.hf.vision import Record, Seen
@@ -26,11 +27,17 @@ class Family(ABC):
     name: ClassVar[str]
     model_class: ClassVar[str]
     axes: ClassVar[int]  # of a position: 1, or 3 for M-RoPE
+    # Words of the table in docs/families.md:
+    models: ClassVar[str]  # checkpoints of this class
+    scores_from: ClassVar[str]  # the attention that methods with scores read
+    notes: ClassVar[str] = ""
+
+    lm_name: ClassVar[str] = "language_model"  # of the inner model
 
     def __init__(self, model: Any) -> None:
         self.model = model
         self.inner = model.model
-        self.lm = model.model.language_model
+        self.lm = getattr(model.model, self.lm_name)
 
     @property
     def attentions(self) -> list[Any]:
@@ -120,22 +127,48 @@ class Family(ABC):
         """Puts on the vision tower what fills a Record, as far as the method needs it."""
 
     @abstractmethod
-    def scores(self, record: Record, tokens: Sequence[int], inputs: dict[str, Any]) -> Tensor:
-        """Scores [sum of tokens] from a record; inputs are those of get_image_features()."""
+    def scores(
+        self, record: Record, tokens: Sequence[int], inputs: dict[str, Any]
+    ) -> Sequence[Tensor] | Tensor:
+        """Scores of each image's tokens, or [sum of tokens], from a record; inputs are those of
+        get_image_features()."""
+
+    def metric(self, record: Record, tokens: Sequence[int]) -> Sequence[Tensor] | Tensor:
+        """The tower's features of each image's tokens, or [sum of tokens, Cm], from a record."""
+        assert record.tower is not None
+        return record.tower.flatten(0, -2)
+
+    def visual(self, record: Record) -> list[Tensor] | None:
+        """Per image, the rising indices [n] int64 of its features that are no separators; None if
+        none ever is."""
+        return None
+
+    def per_image(self, inputs: dict[str, Any]) -> int | None:
+        """The features of an image, where get_image_features() returns them row by row."""
+        return None
 
     @profiling.range("score_images")
-    def seen(self, record: Record, features: Sequence[Tensor], inputs: dict[str, Any]) -> Seen:
-        """What a record says of the features that get_image_features(**inputs) returned."""
-        tokens = [len(image) for image in features]
-        seen = Seen(len(tokens))
+    def images(
+        self, record: Record, output: Any, inputs: dict[str, Any]
+    ) -> tuple[list[Tensor], Seen]:
+        """The features [N, C] of each image, separators included, in what
+        get_image_features(**inputs) returned, and what a record says of the others."""
+        features = image_features(output)
+        seen = Seen(len(features), per_image=self.per_image(inputs))
+        features = seen.split(features)
+        seen.images = len(features)
+        seen.visual = self.visual(record)
+        tokens = [len(image) for image in seen.visual or features]
         if record.attention:
             seen.scores = _split(self.scores(record, tokens, inputs), tokens)
         if record.tower is not None:
-            seen.metric = _split(record.tower.flatten(0, -2), tokens)
-        return seen
+            seen.metric = _split(self.metric(record, tokens), tokens)
+        return features, seen
 
 
-def _split(rows: Tensor, tokens: Sequence[int]) -> list[Tensor]:
+def _split(rows: Sequence[Tensor] | Tensor, tokens: Sequence[int]) -> list[Tensor]:
+    if not isinstance(rows, Tensor):
+        rows = torch.cat(list(rows))
     if len(rows) != sum(tokens):
         raise NotImplementedError(
             f"the vision tower's tokens are not the images' features one by one: {len(rows)} "

@@ -27,6 +27,8 @@ class Llava(Family):
     name = "llava"
     model_class = "LlavaForConditionalGeneration"
     axes = 1
+    models = "LLaVA-1.5, BakLLaVA"
+    scores_from = "CLS, in the layer of the features"
 
     def watch(self, patches: Patches, settings: Settings) -> None:
         if settings.method in TOWER_METRIC:

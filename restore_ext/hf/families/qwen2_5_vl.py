@@ -20,6 +20,9 @@ class Qwen2_5_VL(Family):
     name = "qwen2_5_vl"
     model_class = "Qwen2_5_VLForConditionalGeneration"
     axes = 3
+    models = "Qwen2.5-VL"
+    scores_from = "received, in the last block of full attention"
+    notes = "videos are left as they are"
 
     def watch(self, patches: Patches, settings: Settings) -> None:
         if not settings.needs_scores:
