@@ -1,6 +1,8 @@
 """What a reduction needs to know of the images, seen while the vision tower runs as ever."""
 
-from collections.abc import Iterator
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -39,12 +41,41 @@ class Seen:
         return [image for row in features if len(row) for image in row.split(self.per_image)]
 
 
+@dataclass(frozen=True)
+class Packing:
+    """How a model made one list of features of each image's tiles, by pack_image_features()."""
+
+    tiles: list[int]  # of each image
+    tokens: int  # of a tile
+    pack: Callable[..., tuple[list[Tensor], Any]]
+    arguments: dict[str, Any]
+
+    def __call__(self, rows: Tensor) -> list[Tensor]:
+        """Packs what tiles [sum of tiles, tokens, C] have: [n, C] of each image, zeros where
+        it put a newline."""
+        newline = rows.new_zeros(rows.shape[-1])
+        arguments = {**self.arguments, "image_newline": newline}
+        return self.pack(rows.split(self.tiles), **arguments)[0]
+
+    @functools.cached_property
+    def visual(self) -> list[Tensor]:
+        """The indices [n] int64, on the CPU, of each image's features that are no newlines."""
+        marks = self(torch.ones(sum(self.tiles), self.tokens, 1))
+        return [image[:, 0].nonzero()[:, 0] for image in marks]
+
+    def without_newlines(self, rows: Tensor) -> list[Tensor]:
+        """Packs, and leaves the newlines out."""
+        pairs = zip(self(rows), self.visual, strict=True)
+        return [image[index.to(image.device)] for image, index in pairs]
+
+
 @dataclass
 class Record:
     """What was seen while one get_image_features() ran."""
 
     attention: list[Tensor] = field(default_factory=list)  # scores, call by call
     tower: Tensor | None = None  # the projector's input
+    packing: Packing | None = None
 
 
 _RECORD: ContextVar[Record | None] = ContextVar("restore_ext_record", default=None)
@@ -82,6 +113,23 @@ def watch_projector(patches: Patches, projector: nn.Module) -> None:
             record.tower = args[0].detach()
 
     patches.hook(projector, "forward_pre_hook", note)
+
+
+def watch_packing(patches: Patches, inner: nn.Module) -> None:
+    """Records how the tiles of images are packed."""
+    original: Any = inner.pack_image_features
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def pack_image_features(image_features: Sequence[Tensor], *args: Any, **kwargs: Any) -> Any:
+        if (record := _RECORD.get()) is not None:
+            arguments = signature.bind(image_features, *args, **kwargs).arguments
+            del arguments["image_features"]
+            tiles = [len(image) for image in image_features]
+            record.packing = Packing(tiles, image_features[0].shape[1], original, arguments)
+        return original(image_features, *args, **kwargs)
+
+    patches.set(inner, "pack_image_features", pack_image_features)
 
 
 def watched(

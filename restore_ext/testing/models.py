@@ -27,7 +27,15 @@ from restore_ext.testing.zoo import (
     Tiny,
     Video,
 )
+from restore_ext.testing.zoo.idefics3 import IDEFICS3, SMOLVLM
+from restore_ext.testing.zoo.internvl import INTERNVL
 from restore_ext.testing.zoo.llava import LLAVA
+from restore_ext.testing.zoo.llava_next import (
+    LLAVA_NEXT,
+    LLAVA_ONEVISION,
+    LLAVA_ONEVISION_SEVERAL,
+)
+from restore_ext.testing.zoo.mistral3 import MISTRAL3
 from restore_ext.testing.zoo.qwen import QWEN2_5_VL
 
 __all__ = [
@@ -58,6 +66,13 @@ __all__ = [
 FAMILIES = ("llava", "qwen2_5_vl")  # one of RoPE, one of M-RoPE: tested in every corner
 TINY: dict[str, Tiny] = {
     "llava": LLAVA,
+    "llava_next": LLAVA_NEXT,
+    "llava_onevision": LLAVA_ONEVISION,
+    "llava_onevision_several": LLAVA_ONEVISION_SEVERAL,
+    "internvl": INTERNVL,
+    "mistral3": MISTRAL3,
+    "idefics3": IDEFICS3,
+    "smolvlm": SMOLVLM,
     "qwen2_5_vl": QWEN2_5_VL,
 }
 
@@ -118,7 +133,7 @@ def _make_row(tiny: Tiny, row: Row, generator: torch.Generator) -> dict[str, Ten
     input_ids = torch.tensor([ids])
     inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
     inputs |= {name: _padded_cat(parts, tiny.image_dim) for name, parts in media.items()}
-    return inputs | tiny.per_token(input_ids)
+    return inputs | tiny.per_row(input_ids)
 
 
 def join_rows(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:

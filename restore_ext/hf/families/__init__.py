@@ -2,14 +2,28 @@
 
 from typing import Any
 
+from restore_ext.hf.families.aya_vision import AyaVision
 from restore_ext.hf.families.family import Family
+from restore_ext.hf.families.idefics3 import Idefics3
+from restore_ext.hf.families.internvl import InternVL
 from restore_ext.hf.families.llava import Llava
+from restore_ext.hf.families.llava_next import LlavaNext
+from restore_ext.hf.families.llava_onevision import LlavaOnevision
+from restore_ext.hf.families.mistral3 import Mistral3
 from restore_ext.hf.families.qwen2_5_vl import Qwen2_5_VL
+from restore_ext.hf.families.smolvlm import SmolVLM
 
 __all__ = ["FAMILIES", "REFUSED", "Family", "find_family", "list_families"]
 
 FAMILIES: tuple[type[Family], ...] = (
     Llava,
+    LlavaNext,
+    LlavaOnevision,
+    InternVL,
+    Mistral3,
+    Idefics3,
+    SmolVLM,
+    AyaVision,
     Qwen2_5_VL,
 )
 

@@ -139,8 +139,8 @@ class Family(ABC):
         return record.tower.flatten(0, -2)
 
     def visual(self, record: Record) -> list[Tensor] | None:
-        """Per image, the rising indices [n] int64 of its features that are no separators; None if
-        none ever is."""
+        """Per image, the rising indices [n] int64, on any device, of its features that are no
+        separators; None if none ever is."""
         return None
 
     def per_image(self, inputs: dict[str, Any]) -> int | None:
@@ -157,7 +157,9 @@ class Family(ABC):
         seen = Seen(len(features), per_image=self.per_image(inputs))
         features = seen.split(features)
         seen.images = len(features)
-        seen.visual = self.visual(record)
+        visual = self.visual(record)
+        if visual is not None:
+            seen.visual = [index.to(features[0].device) for index in visual]
         tokens = [len(image) for image in seen.visual or features]
         if record.attention:
             seen.scores = _split(self.scores(record, tokens, inputs), tokens)

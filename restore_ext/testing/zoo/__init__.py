@@ -60,11 +60,13 @@ class Tiny:
     encode       the placeholders of a picture, as ids in the sequence, and the model's inputs for
                  it, which are concatenated over the pictures of a row along `image_dim`, and over
                  rows along 0
-    per_token    further inputs of a row, from its ids [1, S]
+    per_row      further inputs of a row, from its ids [1, S]
+    videos       whether `encode` knows videos
     """
 
     model_class: str
     config: Callable[[dict[str, Any]], Any]
     encode: Callable[[Picture | Video, torch.Generator], tuple[list[int], dict[str, Tensor]]]
     image_dim: int = 0
-    per_token: Callable[[Tensor], dict[str, Tensor]] = no_more
+    per_row: Callable[[Tensor], dict[str, Tensor]] = no_more
+    videos: bool = False

@@ -54,8 +54,8 @@ def encode(
     return ids, {"pixel_values": pixels, "image_grid_thw": grid}
 
 
-def per_token(input_ids: Tensor) -> dict[str, Tensor]:
+def per_row(input_ids: Tensor) -> dict[str, Tensor]:
     return {"mm_token_type_ids": (input_ids == IMAGE).long()} if VERSION >= (5, 0) else {}
 
 
-QWEN2_5_VL = Tiny("Qwen2_5_VLForConditionalGeneration", config, encode, per_token=per_token)
+QWEN2_5_VL = Tiny("Qwen2_5_VLForConditionalGeneration", config, encode, per_row=per_row)

@@ -1,0 +1,26 @@
+"""Aya Vision: a SigLIP, a projector that shuffles s x s patches into a token, Cohere 2."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from restore_ext.hf.families.llava import Llava
+from restore_ext.hf.vision import Record
+
+
+class AyaVision(Llava):
+    """A token's score is the mean of its patches'. Tiles are images of their own."""
+
+    name = "aya_vision"
+    model_class = "AyaVisionForConditionalGeneration"
+    models = "Aya Vision"
+    scores_from = "received, in the layer of the features, mean over the patches of a token"
+    notes = "a tile counts as an image"
+    merges = True
+
+    def of_tokens(
+        self, scores: Tensor, record: Record, inputs: dict[str, Any]
+    ) -> Sequence[Tensor] | Tensor:
+        shuffled = self.inner.multi_modal_projector.pixel_shuffle(scores[..., None])
+        return shuffled.mean(-1).flatten()

@@ -1,0 +1,42 @@
+"""LLaVA-NeXT (1.6): an image is an overview and tiles, whose rows end in a newline feature."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from restore_ext.hf.families.llava import Llava
+from restore_ext.hf.patches import Patches
+from restore_ext.hf.settings import Settings
+from restore_ext.hf.vision import Record, watch_packing
+
+
+class LlavaNext(Llava):
+    """The overview and the tiles of an image share its budget; the newlines stay, as text does.
+
+    The model packs the tiles (puts them side by side, cuts off the padding, adds the newlines) by
+    pack_image_features(); what is known of the tiles' tokens is packed by it too.
+    """
+
+    name = "llava_next"
+    model_class = "LlavaNextForConditionalGeneration"
+    models = "LLaVA-NeXT (LLaVA-1.6)"
+    notes = "an image's tiles share its budget; newlines are kept, and never reduced"
+
+    def watch(self, patches: Patches, settings: Settings) -> None:
+        super().watch(patches, settings)
+        watch_packing(patches, self.inner)
+
+    def of_tokens(
+        self, scores: Tensor, record: Record, inputs: dict[str, Any]
+    ) -> Sequence[Tensor] | Tensor:
+        assert record.packing is not None
+        return [image[:, 0] for image in record.packing.without_newlines(scores[..., None])]
+
+    def metric(self, record: Record, tokens: Sequence[int]) -> Sequence[Tensor] | Tensor:
+        assert record.packing is not None and record.tower is not None
+        return record.packing.without_newlines(record.tower)
+
+    def visual(self, record: Record) -> list[Tensor] | None:
+        assert record.packing is not None
+        return record.packing.visual
