@@ -35,7 +35,7 @@ from restore_ext.testing.zoo.llava_next import (
     LLAVA_ONEVISION,
     LLAVA_ONEVISION_SEVERAL,
 )
-from restore_ext.testing.zoo.mistral3 import MISTRAL3
+from restore_ext.testing.zoo.mistral3 import MISTRAL3, PIXTRAL
 from restore_ext.testing.zoo.qwen import QWEN2_5_VL
 
 __all__ = [
@@ -71,6 +71,7 @@ TINY: dict[str, Tiny] = {
     "llava_onevision_several": LLAVA_ONEVISION_SEVERAL,
     "internvl": INTERNVL,
     "mistral3": MISTRAL3,
+    "pixtral": PIXTRAL,
     "idefics3": IDEFICS3,
     "smolvlm": SMOLVLM,
     "qwen2_5_vl": QWEN2_5_VL,

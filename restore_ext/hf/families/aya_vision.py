@@ -1,11 +1,10 @@
-"""Aya Vision: a SigLIP, a projector that shuffles s x s patches into a token, Cohere 2."""
+"""Aya Vision: a SigLIP, s x s of whose patches make a token, Cohere 2."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
-from restore_ext.hf.families.llava import Llava
+from restore_ext.hf.families.llava import Llava, mean_of_shuffled
 from restore_ext.hf.vision import Record
 
 
@@ -19,8 +18,6 @@ class AyaVision(Llava):
     notes = "a tile counts as an image"
     merges = True
 
-    def of_tokens(
-        self, scores: Tensor, record: Record, inputs: dict[str, Any]
-    ) -> Sequence[Tensor] | Tensor:
-        shuffled = self.inner.multi_modal_projector.pixel_shuffle(scores[..., None])
-        return shuffled.mean(-1).flatten()
+    def of_tokens(self, patches: Tensor, record: Record, inputs: dict[str, Any]) -> Tensor:
+        shuffled = self.inner.multi_modal_projector.pixel_shuffle(patches)
+        return mean_of_shuffled(shuffled, patches.shape[-1])

@@ -85,6 +85,8 @@ class Family(ABC):
             return f"the op needs float32, bfloat16 or float16, the model is in {self.lm.dtype}"
         if self._head_size not in OP_HEAD_SIZES:
             return f"the op needs a head size of 32 to 256 in steps of 8, got {self._head_size}"
+        if any(hasattr(module, "sinks") for module in self.attentions):
+            return "the op has no attention sinks"
         devices = dict.fromkeys(parameter.device for parameter in self.model.parameters())
         return next(filter(None, map(checks.why_no_kernels, devices)), None)
 
@@ -127,14 +129,11 @@ class Family(ABC):
         """Puts on the vision tower what fills a Record, as far as the method needs it."""
 
     @abstractmethod
-    def scores(
-        self, record: Record, tokens: Sequence[int], inputs: dict[str, Any]
-    ) -> Sequence[Tensor] | Tensor:
-        """Scores of each image's tokens, or [sum of tokens], from a record; inputs are those of
-        get_image_features()."""
+    def scores(self, record: Record, tokens: Sequence[int], inputs: dict[str, Any]) -> Tensor:
+        """Scores [sum of tokens] from a record; inputs are those of get_image_features()."""
 
-    def metric(self, record: Record, tokens: Sequence[int]) -> Sequence[Tensor] | Tensor:
-        """The tower's features of each image's tokens, or [sum of tokens, Cm], from a record."""
+    def metric(self, record: Record) -> Tensor:
+        """The tower's features [sum of tokens, Cm] from a record."""
         assert record.tower is not None
         return record.tower.flatten(0, -2)
 
@@ -164,13 +163,11 @@ class Family(ABC):
         if record.attention:
             seen.scores = _split(self.scores(record, tokens, inputs), tokens)
         if record.tower is not None:
-            seen.metric = _split(self.metric(record, tokens), tokens)
+            seen.metric = _split(self.metric(record), tokens)
         return features, seen
 
 
-def _split(rows: Sequence[Tensor] | Tensor, tokens: Sequence[int]) -> list[Tensor]:
-    if not isinstance(rows, Tensor):
-        rows = torch.cat(list(rows))
+def _split(rows: Tensor, tokens: Sequence[int]) -> list[Tensor]:
     if len(rows) != sum(tokens):
         raise NotImplementedError(
             f"the vision tower's tokens are not the images' features one by one: {len(rows)} "

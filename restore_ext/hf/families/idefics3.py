@@ -1,11 +1,10 @@
-"""Idefics3: a SigLIP, a connector that shuffles s x s patches into a token, Llama."""
+"""Idefics3: a SigLIP, s x s of whose patches make a token, Llama."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from restore_ext.hf.families.llava import Llava
+from restore_ext.hf.families.llava import Llava, mean_of_shuffled
 from restore_ext.hf.vision import Record
 
 
@@ -28,12 +27,10 @@ class Idefics3(Llava):
     def feature_layer(self) -> int | list[int]:
         return -1
 
-    def of_tokens(
-        self, scores: Tensor, record: Record, inputs: dict[str, Any]
-    ) -> Sequence[Tensor] | Tensor:
+    def of_tokens(self, patches: Tensor, record: Record, inputs: dict[str, Any]) -> Tensor:
         connector = self.inner.connector
-        shuffled = connector.pixel_shuffle(scores[..., None], connector.scale_factor)
-        return shuffled.mean(-1).flatten()
+        shuffled = connector.pixel_shuffle(patches, connector.scale_factor)
+        return mean_of_shuffled(shuffled, patches.shape[-1])
 
     def per_image(self, inputs: dict[str, Any]) -> int | None:
         height, width = inputs["pixel_values"].shape[-2:]

@@ -1,11 +1,10 @@
-"""InternVL, in transformers' own class: InternViT, whose patches are shuffled 2 x 2 into a token."""
+"""InternVL, in transformers' own class: an InternViT, 2 x 2 of whose patches make a token."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
-from restore_ext.hf.families.llava import Llava
+from restore_ext.hf.families.llava import Llava, mean_of_shuffled
 from restore_ext.hf.vision import Record
 
 
@@ -14,15 +13,14 @@ class InternVL(Llava):
 
     name = "internvl"
     model_class = "InternVLForConditionalGeneration"
-    models = "InternVL 2.5, 3 and 3.5 (-hf)"
+    models = "InternVL 3 and 3.5 (-hf)"
     scores_from = "CLS, in the layer of the features, mean over the patches of a token"
     notes = "a tile, or a frame of a video, counts as an image"
     merges = True
 
-    def of_tokens(
-        self, scores: Tensor, record: Record, inputs: dict[str, Any]
-    ) -> Sequence[Tensor] | Tensor:
-        side = int(scores.shape[1] ** 0.5)
+    def of_tokens(self, patches: Tensor, record: Record, inputs: dict[str, Any]) -> Tensor:
+        side = int(patches.shape[1] ** 0.5)
         ratio = self.model.config.downsample_ratio
-        shuffled = self.inner.pixel_shuffle(scores.view(-1, side, side, 1), scale_factor=ratio)
-        return shuffled.mean(-1).flatten()
+        picture = patches.unflatten(1, (side, side))
+        shuffled = self.inner.pixel_shuffle(picture, scale_factor=ratio)
+        return mean_of_shuffled(shuffled, patches.shape[-1])

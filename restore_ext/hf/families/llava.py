@@ -56,22 +56,21 @@ class Llava(Family):
             score = cls_attention if strategy == "default" else received_attention
             watch_attention(patches, self._scored_attention(), score)
 
-    def scores(
-        self, record: Record, tokens: Sequence[int], inputs: dict[str, Any]
-    ) -> Sequence[Tensor] | Tensor:
+    def scores(self, record: Record, tokens: Sequence[int], inputs: dict[str, Any]) -> Tensor:
         asked, own = inputs.get("vision_feature_layer"), self.feature_layer
         if asked is not None and asked != own:
             raise NotImplementedError(
                 f"vision_feature_layer must be the config's, {own}, which the scores are read "
                 f"from, got {asked}; set it in model.config before attaching"
             )
-        return self.of_tokens(record.attention[-1], record, inputs)
+        patches = record.attention[-1]
+        rows = self.of_tokens(patches.reshape(*patches.shape[:2], -1), record, inputs)
+        return rows.flatten() if patches.dim() == 2 else rows
 
-    def of_tokens(
-        self, scores: Tensor, record: Record, inputs: dict[str, Any]
-    ) -> Sequence[Tensor] | Tensor:
-        """Scores of the tower's tokens [images, P] as `scores` returns them."""
-        return scores.flatten()
+    def of_tokens(self, patches: Tensor, record: Record, inputs: dict[str, Any]) -> Tensor:
+        """What the features have [sum of tokens, D], from what the tower's tokens have
+        [images, P, D]: the mean over those that merge."""
+        return patches.flatten(0, 1)
 
     def _scored_attention(self) -> nn.Module:
         layers, attention = self._blocks()
@@ -102,3 +101,8 @@ class Llava(Family):
 
 def _as_list(layer: int | Sequence[int]) -> list[int]:
     return [layer] if isinstance(layer, int) else list(layer)
+
+
+def mean_of_shuffled(shuffled: Tensor, width: int) -> Tensor:
+    """Pixel-shuffled [images, ..., s * s * width] as [all tokens, width], the mean over patches."""
+    return shuffled.unflatten(-1, (-1, width)).mean(-2).flatten(0, -2)

@@ -1,8 +1,8 @@
 """LLaVA-NeXT (1.6): an image is an overview and tiles, whose rows end in a newline feature."""
 
-from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from restore_ext.hf.families.llava import Llava
@@ -27,15 +27,13 @@ class LlavaNext(Llava):
         super().watch(patches, settings)
         watch_packing(patches, self.inner)
 
-    def of_tokens(
-        self, scores: Tensor, record: Record, inputs: dict[str, Any]
-    ) -> Sequence[Tensor] | Tensor:
+    def of_tokens(self, patches: Tensor, record: Record, inputs: dict[str, Any]) -> Tensor:
         assert record.packing is not None
-        return [image[:, 0] for image in record.packing.without_newlines(scores[..., None])]
+        return torch.cat(record.packing.without_newlines(patches))
 
-    def metric(self, record: Record, tokens: Sequence[int]) -> Sequence[Tensor] | Tensor:
+    def metric(self, record: Record) -> Tensor:
         assert record.packing is not None and record.tower is not None
-        return record.packing.without_newlines(record.tower)
+        return torch.cat(record.packing.without_newlines(record.tower))
 
     def visual(self, record: Record) -> list[Tensor] | None:
         assert record.packing is not None

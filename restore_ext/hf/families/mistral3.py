@@ -1,8 +1,8 @@
-"""Mistral Small 3.1 and later: a Pixtral of images of any size, s x s patches merged into a token."""
+"""Mistral Small 3.1 and later: a Pixtral for images of any size, s x s patches make a token."""
 
-from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
@@ -15,18 +15,16 @@ class Mistral3(Llava):
 
     name = "mistral3"
     model_class = "Mistral3ForConditionalGeneration"
-    models = "Mistral Small 3.1 and 3.2, Ministral 3"
+    models = "Mistral Small 3.1 and 3.2"
     scores_from = "received, in the layer of the features, mean over the patches of a token"
     notes = "row breaks are text"
     merges = True
 
-    def of_tokens(
-        self, scores: Tensor, record: Record, inputs: dict[str, Any]
-    ) -> Sequence[Tensor] | Tensor:
-        patch, side = self.tower.config.patch_size, self.model.config.spatial_merge_size
+    def of_tokens(self, patches: Tensor, record: Record, inputs: dict[str, Any]) -> Tensor:
+        config = self.model.config
+        patch, side = config.vision_config.patch_size, config.spatial_merge_size
         sizes = [(int(h) // patch, int(w) // patch) for h, w in inputs["image_sizes"]]
-        grids = scores.flatten().split([h * w for h, w in sizes])
-        return [
-            avg_pool2d(grid.view(1, h, w), side).flatten()
-            for grid, (h, w) in zip(grids, sizes, strict=True)
-        ]
+        images = patches.flatten(0, 1).split([h * w for h, w in sizes])
+        pairs = zip(images, sizes, strict=True)
+        pooled = [avg_pool2d(image.T.unflatten(1, size), side) for image, size in pairs]
+        return torch.cat([image.flatten(1).T for image in pooled])

@@ -1,4 +1,5 @@
-"""A tiny Mistral 3: pictures of any even size, 2 x 2 patches to a token, rows that end in a break."""
+"""A tiny Mistral 3 and Pixtral: pictures of any even size, 2 x 2 patches to a token or one, breaks
+between the rows."""
 
 from typing import Any
 
@@ -28,11 +29,30 @@ def encode(
     picture: Picture | Video, generator: torch.Generator
 ) -> tuple[list[int], dict[str, Tensor]]:
     height, width = picture.height * PATCH, picture.width * PATCH
-    ids = [IMAGE, *[IMAGE] * (picture.width // 2 - 1), BREAK] * (picture.height // 2)
+    ids = [*[IMAGE] * (picture.width // 2), BREAK] * (picture.height // 2)
     return [*ids[:-1], VISION_END], {
         "pixel_values": torch.randn(1, 3, height, width, generator=generator),
         "image_sizes": torch.tensor([[height, width]]),
     }
 
 
+def pixtral_config(text: dict[str, Any]) -> Any:
+    stock = config(text)
+    return transformers.LlavaConfig(
+        vision_config=stock.vision_config,
+        text_config=stock.text_config,
+        image_token_index=IMAGE,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+    )
+
+
+def pixtral_encode(
+    picture: Picture | Video, generator: torch.Generator
+) -> tuple[list[int], dict[str, Tensor]]:
+    _, tensors = encode(picture, generator)
+    return [*[*[IMAGE] * picture.width, BREAK] * picture.height][:-1], tensors
+
+
 MISTRAL3 = Tiny("Mistral3ForConditionalGeneration", config, encode)
+PIXTRAL = Tiny("LlavaForConditionalGeneration", pixtral_config, pixtral_encode)
