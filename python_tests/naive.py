@@ -229,19 +229,26 @@ def window_order(grids, side: int = 2) -> Tensor:
 @torch.no_grad()
 def image_features(model, inputs: dict) -> list[Tensor]:
     """[N, C] per image, or per row where the model has them so, on every transformers."""
-    return _features(model.model.get_image_features, inputs, "pixel_values")
+    if "pixel_values" not in inputs:
+        return []
+    encode = model.model.get_image_features
+    sizes = ("image_sizes",) if "image_sizes" in inputs else ()
+    names = {*inspect.signature(encode).parameters, *sizes}
+    out = encode(**{name: inputs[name] for name in names if name in inputs})
+    return [f.reshape(-1, f.shape[-1]) for f in getattr(out, "pooler_output", out)]
 
 
 @torch.no_grad()
 def video_features(model, inputs: dict) -> list[Tensor]:
-    return _features(
-        getattr(model.model, "get_video_features", None), inputs, "pixel_values_videos"
-    )
-
-
-def _features(encode, inputs: dict, pixels: str) -> list[Tensor]:
-    if pixels not in inputs:
+    """[N, C] per video of LLaVA-OneVision, with the newline that closes it."""
+    if "pixel_values_videos" not in inputs:
         return []
-    names = inspect.signature(encode).parameters
-    out = encode(**{name: inputs[name] for name in names if name in inputs})
-    return [f.reshape(-1, f.shape[-1]) for f in getattr(out, "pooler_output", out)]
+    names = ("vision_feature_layer", "vision_feature_select_strategy")
+    taken = {name: getattr(model.config, name) for name in names}
+    out = model.model.get_video_features(inputs["pixel_values_videos"], **taken)
+    newline = model.model.image_newline[None]
+    videos = []
+    for video in getattr(out, "pooler_output", out):
+        closed = torch.equal(video[-1:], newline)  # its model does that outside before 5.18
+        videos.append(video if closed else torch.cat([video, newline]))
+    return videos

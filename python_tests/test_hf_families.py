@@ -24,7 +24,6 @@ from hf_harness import (
 from naive import Setting, image_features
 
 import restore_ext
-from restore_ext.hf.compat import GENERATE_CARRIES_POSITIONS
 from restore_ext.hf.families import FAMILIES, REFUSED, catalogue, find_family
 from restore_ext.methods import METHODS, Method
 from restore_ext.testing.models import (
@@ -53,10 +52,17 @@ PRUNED = {"size": False, "distance": False}
 RATIO = 0.3
 
 
+def rows_of(family: str) -> list:
+    return SEVERAL if family.endswith("several") else RAGGED
+
+
+def pictures_of(family: str) -> list[Picture]:
+    return [part for row in rows_of(family) for part in row if isinstance(part, Picture)]
+
+
 def one_by_one(family: str, rows: list | None = None) -> list[dict]:
     """The inputs of each row of a ragged batch, by itself."""
-    if rows is None:
-        rows = SEVERAL if family.endswith("several") else RAGGED
+    rows = rows_of(family) if rows is None else rows
     return [make_inputs(family, [row], seed=seed) for seed, row in enumerate(rows)]
 
 
@@ -116,30 +122,29 @@ def test_two_images_of_a_prompt_have_their_own_budgets(family):
     assert handle.last.images[0].start < handle.last.images[1].start
 
 
-@each_case
+# Before 5.18 stock gives the beams of a row with several images the wrong ones.
+BEAMS_MIX_IMAGES = VERSION < (5, 18)
+
+
+@pytest.mark.parametrize(
+    "family", [name for name in CASES if not (BEAMS_MIX_IMAGES and name.endswith("several"))]
+)
 def test_beams_of_a_batch_are_those_of_its_rows(family):
     """generate() repeats what was encoded, or the images themselves, each in its own way."""
-    single = VERSION < (5, 18)  # stock mixes up the images of beams, where a row has several
-    if single and family.endswith("several"):
-        pytest.skip("before 5.18 the beams of a row with several images get the wrong ones")
-    rows = [(5, Picture(8, 12), 7), (9, Picture(8, 8), 4)] if single else None
+    rows = [(5, Picture(8, 12), 7), (9, Picture(8, 8), 4)]
+    rows = rows if BEAMS_MIX_IMAGES else rows_of(family)
+    images = sum(map(count_images, rows))
     rows, model = one_by_one(family, rows), tiny_model(family)
     asked = {"num_beams": 2, "output_scores": True, "max_new_tokens": 3}
     with restore_ext.attach(model, keep_ratio=RATIO, method="vispruner") as handle:
         together = generate(model, join_rows(rows), **asked)
-        assert len(handle.last.images) == 2 * sum(map(count_images, rows_of(family, single)))
+        assert len(handle.last.images) == 2 * images
         for number, row in enumerate(rows):
             alone = generate(model, row, **asked)
             length = row["input_ids"].shape[1]
             assert torch.equal(together.sequences[number, -3:], alone.sequences[0, length:])
             gap = together.sequences_scores[number] - alone.sequences_scores[0]
             assert gap.abs() <= 1e-5  # of logits of size 1
-
-
-def rows_of(family: str, single: bool) -> list:
-    if single:
-        return [(5, Picture(8, 12), 7), (9, Picture(8, 8), 4)]
-    return SEVERAL if family.endswith("several") else RAGGED
 
 
 def count_images(row: tuple) -> int:
@@ -231,7 +236,7 @@ def test_newlines_are_text_kept_each_where_it_was(family):
         assert not plan.is_visual[number, new].any()
         assert (plan.assign[number][:, None] == new).sum() == len(new)  # nothing joined them
         found += len(column)
-    pictures = [part for row in rows_of(family, False) for part in row if isinstance(part, Picture)]
+    pictures = pictures_of(family)
     assert found == sum(newlines(family, picture) for picture in pictures)
     assert [image.tokens_after for image in handle.last.images] == [3] * len(pictures)
 
@@ -250,24 +255,9 @@ def scaled_shape(family: str, picture: Picture) -> tuple[int, int]:
     return rows, columns
 
 
-@pytest.mark.skipif(
-    not GENERATE_CARRIES_POSITIONS, reason="prepare_inputs is refused: tested there"
-)
-@each_case
-def test_prepared_inputs_say_what_an_attached_model_says(family):
-    inputs, model = join_rows(one_by_one(family)), tiny_model(family)
-    options = {"keep_ratio": RATIO, "method": "vispruner"}
-    with restore_ext.attach(model, **options):
-        want = generate(model, inputs)
-    with restore_ext.prepare_inputs(model, **inputs, **options) as prepared:
-        got = generate(model, prepared)
-    assert torch.equal(got.sequences, want.sequences)
-    assert_close(logits(got), logits(want))
-
-
 @each_case
 def test_a_row_without_an_image_is_stock_beside_rows_that_are_reduced(family):
-    rows, model = one_by_one(family, [*rows_of(family, False), (11,)]), tiny_model(family)
+    rows, model = one_by_one(family, [*rows_of(family), (11,)]), tiny_model(family)
     if "pixel_attention_mask" in rows[0]:  # these count their images by rows
         for name in ("pixel_values", "pixel_attention_mask"):
             rows[2][name] = torch.zeros_like(rows[0][name][:, :1])
@@ -310,7 +300,7 @@ SCORED = {
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", [name for name in CASES if name in SCORED])
 def test_scores_are_the_attention_of_the_familys_tower(monkeypatch, family, attn):
-    pictures = [part for row in rows_of(family, False) for part in row if isinstance(part, Picture)]
+    pictures = pictures_of(family)
     inputs, model = join_rows(one_by_one(family)), tiny_model(family, attn=attn)
     problems = []
 
@@ -330,18 +320,19 @@ def test_scores_are_the_attention_of_the_familys_tower(monkeypatch, family, attn
 
 
 def tower_attention(monkeypatch, family: str, inputs: dict) -> torch.Tensor:
-    """The weights [B, H, N, N] that the eager scored module makes."""
+    """The weights [B, H, N, N] of the scored module."""
     model = tiny_model(family, attn="eager")
     place = SCORED[family][0]
     [module] = [m for n, m in model.named_modules() if n.endswith(place) and "language" not in n]
     modeling, caught = sys.modules[type(module).__module__], []
     original = modeling.eager_attention_forward
 
-    def catching(asked, *args, **kwargs):
-        out = original(asked, *args, **kwargs)
+    def catching(asked, query, key, value, mask, **kwargs):
         if asked is module:
-            caught.append(out[1])
-        return out
+            scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
+            weights = query @ key.mT * scale + (0 if mask is None else mask)
+            caught.append(weights.softmax(-1))
+        return original(asked, query, key, value, mask, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(modeling, "eager_attention_forward", catching)

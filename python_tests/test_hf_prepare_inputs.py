@@ -34,6 +34,7 @@ from restore_ext.testing.models import (
     ONE_IMAGE,
     RAGGED,
     TEXT_ONLY,
+    TINY,
     TWO_IMAGES,
     make_inputs,
     tiny_model,
@@ -304,3 +305,17 @@ def test_a_model_without_rope_has_no_distance_term(backend):
         for calibrate in ("size+distance", "size")
     )
     assert torch.equal(far, near)
+
+
+@pytest.mark.parametrize(
+    "family", [n for n, t in TINY.items() if hasattr(transformers, t.model_class)]
+)
+def test_every_family_says_what_it_says_attached(family):
+    rows = TWO_IMAGES if family.endswith("several") else RAGGED
+    inputs, options = make_inputs(family, rows), {"method": "vispruner", "keep_ratio": 0.3}
+    want = attached(family, inputs, options)
+    model = fresh(family)
+    with prepare(model, inputs, **options) as prepared:
+        got = generate(model, prepared)
+    assert torch.equal(got.sequences, want.sequences)
+    assert_close(logits(got), logits(want))

@@ -42,6 +42,15 @@ def image_features(output: Any) -> list[Tensor]:
     return list(features) if isinstance(features, (list, tuple, Tensor)) else []
 
 
+def encoder_inputs(encode: Callable[..., Any], inputs: dict[str, Any]) -> dict[str, Any]:
+    """Those of a model's inputs that its get_image_features() takes. Before 5.18 LLaVA's does not
+    name the image_sizes that a Pixtral needs."""
+    known = inspect.signature(encode).parameters
+    unnamed = ("image_sizes",) if "kwargs" in known else ()
+    names = (*known, *unnamed)
+    return {name: inputs[name] for name in names if inputs.get(name) is not None}
+
+
 def attention_named(name: str, module: nn.Module) -> Callable[..., Any]:
     """The attention function `module` calls when its config says `name`.
 

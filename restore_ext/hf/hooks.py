@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from restore_ext import profiling
 from restore_ext.hf.attention import CALIBRATED, STATE, Calibration, NamedConfig
 from restore_ext.hf.cache import refuse_cache, restore_cache, restored
-from restore_ext.hf.compat import encodes_before_forward, image_features
+from restore_ext.hf.compat import encoder_inputs, encodes_before_forward, image_features
 from restore_ext.hf.cut import Cut, cut_sequence, new_side, padding_mask, side_before
 from restore_ext.hf.families import Family
 from restore_ext.hf.generation import drafted, in_chunks, watch_generation
@@ -147,8 +147,7 @@ class Hooks:
         encoded = (inputs.get("mm_encoder_outputs") or {}).get("image")
         if encoded is None:
             encode = self.family.inner.get_image_features
-            names = inspect.signature(encode).parameters
-            encoded = encode(**{n: inputs[n] for n in names if inputs.get(n) is not None})
+            encoded = encode(**encoder_inputs(encode, inputs))
         features, seen = _remembered(encoded)
         if cache is not None and (mask is None or mask.shape[1] == input_ids.shape[1]):
             input_ids = input_ids[:, cache.get_seq_length() :]  # else these are the new ones alone

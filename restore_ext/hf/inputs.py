@@ -11,6 +11,7 @@ from torch import Tensor
 from restore_ext.hf.attention import NamedConfig
 from restore_ext.hf.compat import (
     GENERATE_CARRIES_POSITIONS,
+    encoder_inputs,
     generation_positions,
 )
 from restore_ext.hf.cut import Cut, cut_sequence, new_side
@@ -197,8 +198,7 @@ def _encode(
 ) -> tuple[list[Tensor], Seen]:
     # The class's own: the instance's may be that of attach(), which watches for its own method.
     encode = type(family.inner).get_image_features
-    names = inspect.signature(encode).parameters
-    inputs = {name: tensor for name, tensor in tensors.items() if name in names}
+    inputs = encoder_inputs(encode, tensors)
     patches = Patches()
     try:
         family.watch(patches, settings)
