@@ -78,9 +78,9 @@ def attach(
     be reduced (text alone, images within their budgets, not enabled) the stock path runs, with the
     same bits. Attaching again replaces. Threads may share an attached model.
 
-    model       LlavaForConditionalGeneration or Qwen2_5_VLForConditionalGeneration
+    model       of one of the classes in docs/families.md, whose names are in list_families()
     method      the base method, see reduce_tokens. The scores that some need are read off the
-                vision tower as it runs: CLS attention (LLaVA), attention received (Qwen2.5-VL).
+                vision tower as it runs: CLS attention, or attention received if it has no CLS.
     keep        tokens to keep of an image: an int, or one per image in the order of the batch
     keep_ratio  instead of keep: a share in (0, 1]
     restore     True: merge what the method would drop, keep positions, calibrate. False: the plain
@@ -107,7 +107,8 @@ def attach(
                 cache (use prepare_inputs), prefill_chunk_size, continuous batching.
 
     Without a cache every step is a prompt, so the distance term reaches generated tokens too.
-    Separators and newlines between image tokens are text. Videos are left as they are.
+    Separators and newlines between image tokens are text. Tiles count as images where the model is
+    handed them as such (InternVL, Idefics3, SmolVLM, Aya Vision). Videos are left as they are.
     """
     family = find_family(model)
     settings = make_settings(
