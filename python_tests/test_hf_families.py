@@ -1,16 +1,25 @@
 """Every family of models, in the same corners: cached generation is the naive model's, nothing to
-reduce is stock's bits, scores are those of the family's own tower.
+reduce is stock's bits.
 
 The corners of the hook itself are tested on one model of RoPE and one of M-RoPE, in test_hf_*.py.
 """
 
-import math
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from family_cases import (
+    CASES,
+    PACKED,
+    PRUNED,
+    RATIO,
+    each_case,
+    one_by_one,
+    pictures_of,
+    rows_of,
+    scaled_shape,
+)
 from hf_harness import (
     answers,
     assert_close,
@@ -25,10 +34,9 @@ from naive import Setting, image_features
 
 import restore_ext
 from restore_ext.hf.families import FAMILIES, REFUSED, catalogue, find_family
-from restore_ext.methods import METHODS, Method
+from restore_ext.methods import METHODS
 from restore_ext.testing.models import (
     IMAGE,
-    RAGGED,
     TEXT_ONLY,
     TINY,
     TWO_IMAGES,
@@ -40,30 +48,6 @@ from restore_ext.testing.models import (
     make_inputs,
     tiny_model,
 )
-from restore_ext.testing.zoo.llava_next import TILE, grid_of, packed_shape
-
-CASES = [name for name, tiny in TINY.items() if hasattr(transformers, tiny.model_class)]
-each_case = pytest.mark.parametrize("family", CASES)
-# Newlines are in these; a row of "several" has two images or more.
-PACKED = [name for name in CASES if name.startswith(("llava_next", "llava_onevision"))]
-TILED = [name for name in PACKED if not name.endswith("several")]
-SEVERAL = [(5, Picture(8, 12), 3, Picture(8, 8), 7), (9, Picture(6, 10), Picture(8, 8), 4)]
-PRUNED = {"size": False, "distance": False}
-RATIO = 0.3
-
-
-def rows_of(family: str) -> list:
-    return SEVERAL if family.endswith("several") else RAGGED
-
-
-def pictures_of(family: str) -> list[Picture]:
-    return [part for row in rows_of(family) for part in row if isinstance(part, Picture)]
-
-
-def one_by_one(family: str, rows: list | None = None) -> list[dict]:
-    """The inputs of each row of a ragged batch, by itself."""
-    rows = rows_of(family) if rows is None else rows
-    return [make_inputs(family, [row], seed=seed) for seed, row in enumerate(rows)]
 
 
 def assert_is_naive(family: str, rows: list[dict], handle, out, **setting: bool) -> None:
@@ -247,14 +231,6 @@ def newlines(family: str, picture: Picture) -> int:
     return scaled_shape(family, picture)[0]
 
 
-def scaled_shape(family: str, picture: Picture) -> tuple[int, int]:
-    rows, columns = packed_shape(picture)
-    ratio = math.sqrt(rows * columns / (2 * TILE**2))
-    if family == "llava_onevision" and ratio > 1.1:
-        return int(rows // ratio), int(columns // ratio)
-    return rows, columns
-
-
 @each_case
 def test_a_row_without_an_image_is_stock_beside_rows_that_are_reduced(family):
     rows, model = one_by_one(family, [*rows_of(family), (11,)]), tiny_model(family)
@@ -280,111 +256,6 @@ def test_a_video_beside_images_is_left_as_it_is(family):
         assert (plan.gather(ids) == VIDEO).sum() == (ids == VIDEO).sum() > 0
         alone = make_inputs(family, [(4, Video(2), 5)])
         assert torch.equal(forward(model, alone), forward(stock(family), alone))
-
-
-# The scored attention of each family: its module, whether the CLS token's row is asked for, and
-# how many patches to a side of a token.
-SCORED = {
-    "llava": ("encoder.layers.1.self_attn", True, 1),
-    "llava_next": ("encoder.layers.1.self_attn", True, 1),
-    "llava_onevision": ("encoder.layers.2.self_attn", False, 1),
-    "llava_onevision_several": ("encoder.layers.2.self_attn", False, 1),
-    "internvl": ("encoder.layer.2.attention", True, 2),
-    "mistral3": ("transformer.layers.2.attention", False, 2),
-    "pixtral": ("transformer.layers.2.attention", False, 1),
-    "idefics3": ("encoder.layers.2.self_attn", False, 2),
-    "smolvlm": ("encoder.layers.2.self_attn", False, 2),
-}
-
-
-@pytest.mark.parametrize("attn", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", [name for name in CASES if name in SCORED])
-def test_scores_are_the_attention_of_the_familys_tower(monkeypatch, family, attn):
-    pictures = pictures_of(family)
-    inputs, model = join_rows(one_by_one(family)), tiny_model(family, attn=attn)
-    problems = []
-
-    def first_tokens(problem, budget):
-        problems.extend(problem.scores)
-        return torch.arange(budget).expand(len(problem.scores), budget)
-
-    monkeypatch.setitem(METHODS, "spy", Method(first_tokens, needs_scores=True))
-    with restore_ext.attach(model, method="spy", keep_ratio=RATIO):
-        forward(model, inputs)
-    attention = tower_attention(monkeypatch, family, inputs)
-    wanted = expected_scores(family, attention, pictures)
-    for got, want in zip(problems, wanted, strict=True):
-        assert got.shape == want.shape
-        assert got.allclose(want, rtol=1e-4, atol=1e-7)
-        assert want.std() > 0.05 * want.mean()
-
-
-def tower_attention(monkeypatch, family: str, inputs: dict) -> torch.Tensor:
-    """The weights [B, H, N, N] of the scored module."""
-    model = tiny_model(family, attn="eager")
-    place = SCORED[family][0]
-    [module] = [m for n, m in model.named_modules() if n.endswith(place) and "language" not in n]
-    modeling, caught = sys.modules[type(module).__module__], []
-    original = modeling.eager_attention_forward
-
-    def catching(asked, query, key, value, mask, **kwargs):
-        if asked is module:
-            scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
-            weights = query @ key.mT * scale + (0 if mask is None else mask)
-            caught.append(weights.softmax(-1))
-        return original(asked, query, key, value, mask, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(modeling, "eager_attention_forward", catching)
-        forward(model, inputs)
-    [weights] = caught
-    return weights
-
-
-def expected_scores(family: str, weights: torch.Tensor, pictures: list) -> list[torch.Tensor]:
-    _, asks_cls, side = SCORED[family]
-    if family in ("mistral3", "pixtral"):  # all images in one sequence
-        received, first, scores = weights[0].mean(0).sum(0), 0, []
-        for picture in pictures:
-            h, w = picture.height, picture.width
-            grid = received[first : first + h * w].view(h, w) / (h * w)
-            scores.append(blocks(grid, side))
-            first += h * w
-        return scores
-    rows = weights.mean(1)[:, 0, 1:] if asks_cls else weights.mean(1).mean(1)
-    if family in TILED:
-        return packed_scores(family, rows, pictures)
-    edge = math.isqrt(rows.shape[1])
-    return [blocks(row.view(edge, edge), side) for row in rows]
-
-
-def blocks(grid: torch.Tensor, side: int) -> torch.Tensor:
-    """The mean over side x side neighbours, raster order."""
-    means = [
-        grid[y : y + side, x : x + side].mean()
-        for y in range(0, grid.shape[0], side)
-        for x in range(0, grid.shape[1], side)
-    ]
-    return torch.stack(means)
-
-
-def packed_scores(family: str, tiles: torch.Tensor, pictures: list) -> list[torch.Tensor]:
-    """The overview's, and those of the tiles side by side without what is padding."""
-    scores, first = [], 0
-    for picture in pictures:
-        down, across = grid_of(picture)
-        overview = tiles[first]
-        pieces = tiles[first + 1 : first + 1 + down * across].view(down, across, TILE, TILE)
-        whole = torch.cat([torch.cat(list(row), 1) for row in pieces])
-        height, width = packed_shape(picture)
-        top, left = (whole.shape[0] - height) // 2, (whole.shape[1] - width) // 2
-        seen = whole[top : top + height, left : left + width]
-        if scaled_shape(family, picture) != (height, width):
-            size = scaled_shape(family, picture)
-            seen = torch.nn.functional.interpolate(seen[None, None], size, mode="bilinear")[0, 0]
-        scores.append(torch.cat([overview, seen.flatten()]))
-        first += 1 + down * across
-    return scores
 
 
 def test_the_names_of_the_families_are_listed_once():
