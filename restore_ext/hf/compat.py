@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 INSTALL = 'pip install "transformers>=4.57.6,<6" accelerate pillow'
@@ -60,6 +61,26 @@ def attention_named(name: str, module: nn.Module) -> Callable[..., Any]:
     if name == "eager":
         return modeling.eager_attention_forward
     return getattr(modeling, "ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)[name]
+
+
+def window_cuts_images(inner: nn.Module) -> bool:
+    """Whether a sliding window of Gemma 3 holds within an image, which sees itself: later in 5.x it
+    does, before an image of a sliding layer was seen whole."""
+    return hasattr(sys.modules[type(inner).__module__], "create_masks_for_vision_model")
+
+
+def prompt_blocks(inner: nn.Module, inputs: dict[str, Any]) -> Tensor | None:
+    """[B, L] int64, 0 where PaliGemma's prompt sees itself forward, -1 elsewhere: from its inner
+    model's arguments. 4.57 does not ask which tokens are the prompt, early 5.x only if told."""
+    kinds = inputs.get("token_type_ids")
+    modeling = sys.modules[type(inner).__module__]
+    never_asks = hasattr(inner, "_update_causal_mask")
+    if never_asks or (kinds is None and hasattr(modeling, "token_type_ids_mask_function")):
+        tokens = (
+            inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+        )
+        return torch.zeros(tokens.shape[:2], dtype=torch.int64, device=tokens.device)
+    return None if kinds is None else torch.where(kinds == 0, 0, -1)
 
 
 def generation_positions(model: Any, input_ids: Tensor, inputs: dict[str, Any]) -> Tensor:

@@ -65,6 +65,19 @@ def without_separators(
     return left, is_image.masked_scatter(is_image, torch.cat(marks).to(is_image.device))
 
 
+def merge_images(reductions: Sequence[Reduction], features: Tensor) -> Tensor:
+    """Other features [sum of N, C] of the images' tokens by the same groups: [sum of n, C]."""
+    merged = []
+    for reduction, rows in zip(
+        reductions, features.split([r.group.shape[1] for r in reductions]), strict=True
+    ):
+        batch = _stack([rows])
+        fields = (getattr(reduction, field.name) for field in dataclasses.fields(reduction))
+        there = Reduction(*(tensor.to(batch.device) for tensor in fields))
+        merged.append(there.merge(batch)[0].to(rows))
+    return torch.cat(merged)
+
+
 @profiling.range("select_images")
 def reduce_images(
     features: Sequence[Tensor],

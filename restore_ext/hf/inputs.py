@@ -157,6 +157,7 @@ def prepare_inputs(
         raise NotImplementedError("pixel_values_videos cannot be prepared: use attach()")
     settings = family.fit(settings)
     family.require(settings)
+    family.require_prepared(settings)
 
     given = {"input_ids": input_ids, "attention_mask": attention_mask, **images}
     tensors = {name: tensor for name, tensor in given.items() if tensor is not None}

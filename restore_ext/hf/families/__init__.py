@@ -4,13 +4,18 @@ from typing import Any
 
 from restore_ext.hf.families.aya_vision import AyaVision
 from restore_ext.hf.families.family import Family
+from restore_ext.hf.families.gemma3 import Gemma3
+from restore_ext.hf.families.glm4v import Glm4v
 from restore_ext.hf.families.idefics3 import Idefics3
 from restore_ext.hf.families.internvl import InternVL
 from restore_ext.hf.families.llava import Llava
 from restore_ext.hf.families.llava_next import LlavaNext
 from restore_ext.hf.families.llava_onevision import LlavaOnevision
 from restore_ext.hf.families.mistral3 import Mistral3
+from restore_ext.hf.families.paligemma import PaliGemma
 from restore_ext.hf.families.qwen2_5_vl import Qwen2_5_VL
+from restore_ext.hf.families.qwen2_vl import Qwen2VL
+from restore_ext.hf.families.qwen3_vl import Qwen3VL
 from restore_ext.hf.families.smolvlm import SmolVLM
 
 __all__ = ["FAMILIES", "REFUSED", "Family", "find_family", "list_families"]
@@ -24,7 +29,12 @@ FAMILIES: tuple[type[Family], ...] = (
     Idefics3,
     SmolVLM,
     AyaVision,
+    Qwen2VL,
     Qwen2_5_VL,
+    Qwen3VL,
+    Glm4v,
+    PaliGemma,
+    Gemma3,
 )
 
 # Classes that cannot be hooked, and why.

@@ -4,7 +4,7 @@ import dataclasses
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from restore_ext.hf.patches import Patches
 from restore_ext.hf.settings import Settings
 from restore_ext.hf.vision import Record, Seen
 from restore_ext.rope import rope_decay
+
+if TYPE_CHECKING:
+    from restore_ext.hf.cut import Cut
 
 OP_HEAD_SIZES = range(32, 257, 8)
 
@@ -63,6 +66,30 @@ class Family(ABC):
         head_size = getattr(config, "head_dim", None)
         return head_size or config.hidden_size // config.num_attention_heads
 
+    @property
+    def windows(self) -> list[int | None]:
+        """Per layer, how many positions back it sees, the query's own included; None: all."""
+        config = self.lm.config
+        window = getattr(config, "sliding_window", None)
+        if not getattr(config, "use_sliding_window", True):
+            window = None
+        kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * len(self.lm.layers)
+        return [window if kind == "sliding_attention" else None for kind in kinds]
+
+    def blocks(self, inputs: dict[str, Any]) -> Tensor | None:
+        """[B, L] int64: neighbours of one number see each other, forward too; -1 sees no further
+        than itself. From the inner model's arguments; None where all is causal."""
+        return None
+
+    @property
+    def window_cuts_blocks(self) -> bool:
+        """Whether a sliding window holds within a block too."""
+        return False
+
+    def shorten(self, inputs: dict[str, Any], cut: "Cut") -> dict[str, Any]:
+        """What else of the language model's arguments counts tokens, as it is after a cut."""
+        return {}
+
     def placeholders(self, input_ids: Tensor | None, embeds: Tensor | None) -> Tensor:
         """[B, S] bool: where image features go. Separators around them are text."""
         if input_ids is not None:
@@ -92,32 +119,43 @@ class Family(ABC):
 
     def require(self, settings: Settings) -> None:
         """Raises for a model the hook cannot serve with these settings."""
-        config = self.lm.config
-        kinds = getattr(config, "layer_types", None) or []
-        windowed = getattr(config, "sliding_window", None) is not None
-        windowed = windowed and getattr(config, "use_sliding_window", True)
-        if any(kind != "full_attention" for kind in kinds) or (windowed and not kinds):
+        kinds = set(getattr(self.lm.config, "layer_types", None) or [])
+        if unknown := kinds - {"full_attention", "sliding_attention"}:
             raise NotImplementedError(
-                "model: the language model must have full attention in every layer, got "
-                f"layer_types {sorted(set(kinds)) or 'sliding_attention'} (sliding_window "
-                f"{getattr(config, 'sliding_window', None)})"
+                "model: every layer of the language model must have full or sliding attention, got "
+                f"layer_types {sorted(unknown)}"
             )
-        if settings.distance:
-            try:
-                rope_decay(self.lm, 1)
-            except ValueError as error:  # no layer was named, and they differ
-                raise NotImplementedError(
-                    "model: the distance term needs the same RoPE in every layer, got a "
-                    f"{type(self.lm).__name__} whose layers differ in theirs; use calibrate='size'"
-                ) from error
+        if self.axes > 1 and any(self.windows):
+            raise NotImplementedError(
+                "model: with M-RoPE every layer of the language model must have full attention: a "
+                f"sliding window counts tokens, not positions; got sliding_window {self.windows}"
+            )
         if settings.backend == "mask":
-            require_mask_attention(config._attn_implementation)
+            require_mask_attention(self.lm.config._attn_implementation)
         self.require_free()
         trial = Patches()
         try:
             self.watch(trial, settings)
         finally:
             trial.undo()
+
+    def require_prepared(self, settings: Settings) -> None:
+        """Raises for a model that prepare_inputs() cannot serve and attach() can."""
+        if any(self.windows):
+            raise NotImplementedError(
+                "model: prepare_inputs() needs full attention in every layer, for generate() would "
+                "count a sliding window in what is left of the prompt, got sliding_window "
+                f"{self.windows}; use attach()"
+            )
+        if settings.distance:
+            try:
+                rope_decay(self.lm, 1)
+            except ValueError as error:  # no layer was named, and they differ
+                raise NotImplementedError(
+                    "model: prepare_inputs() has one distance term, which needs the same RoPE in "
+                    f"every layer, got a {type(self.lm).__name__} whose layers differ in theirs; "
+                    "use attach() or calibrate='size'"
+                ) from error
 
     def require_free(self) -> None:
         """Raises inside a `with` block of prepare_inputs(), whose patches lie on top."""
