@@ -76,9 +76,8 @@ def prompt_blocks(inner: nn.Module, inputs: dict[str, Any]) -> Tensor | None:
     modeling = sys.modules[type(inner).__module__]
     never_asks = hasattr(inner, "_update_causal_mask")
     if never_asks or (kinds is None and hasattr(modeling, "token_type_ids_mask_function")):
-        tokens = (
-            inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
-        )
+        ids = inputs.get("input_ids")
+        tokens = inputs["inputs_embeds"] if ids is None else ids
         return torch.zeros(tokens.shape[:2], dtype=torch.int64, device=tokens.device)
     return None if kinds is None else torch.where(kinds == 0, 0, -1)
 

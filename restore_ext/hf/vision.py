@@ -105,18 +105,6 @@ def watch_attention(patches: Patches, module: nn.Module, score: Any) -> None:
     patches.set(module, "config", watching)
 
 
-def last_attention(tower: nn.Module) -> nn.Module:
-    """The attention of a ViT's last layer."""
-    found = (m for n, m in tower.named_modules() if n.endswith("encoder.layers"))
-    layers: Any = next(found, None)
-    if layers is None or not hasattr(layers[-1], "self_attn"):
-        raise NotImplementedError(
-            "method: scores can be read from a ViT with encoder.layers of self_attn, got a "
-            f"{type(tower).__name__}; choose a method that needs no scores"
-        )
-    return layers[-1].self_attn
-
-
 def watch_projector(patches: Patches, projector: nn.Module) -> None:
     """Records the tower features that go into the projector."""
 

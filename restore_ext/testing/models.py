@@ -27,6 +27,7 @@ from restore_ext.testing.zoo import (
     Tiny,
     Video,
 )
+from restore_ext.testing.zoo.gemma import GEMMA3, PALIGEMMA
 from restore_ext.testing.zoo.idefics3 import IDEFICS3, SMOLVLM
 from restore_ext.testing.zoo.internvl import INTERNVL
 from restore_ext.testing.zoo.llava import LLAVA
@@ -36,7 +37,7 @@ from restore_ext.testing.zoo.llava_next import (
     LLAVA_ONEVISION_SEVERAL,
 )
 from restore_ext.testing.zoo.mistral3 import MISTRAL3, PIXTRAL
-from restore_ext.testing.zoo.qwen import QWEN2_5_VL
+from restore_ext.testing.zoo.qwen import GLM4V, QWEN2_5_VL, QWEN2_VL, QWEN3_VL
 
 __all__ = [
     "ADJACENT_IMAGES",
@@ -74,7 +75,12 @@ TINY: dict[str, Tiny] = {
     "pixtral": PIXTRAL,
     "idefics3": IDEFICS3,
     "smolvlm": SMOLVLM,
+    "qwen2_vl": QWEN2_VL,
     "qwen2_5_vl": QWEN2_5_VL,
+    "qwen3_vl": QWEN3_VL,
+    "glm4v": GLM4V,
+    "paligemma": PALIGEMMA,
+    "gemma3": GEMMA3,
 }
 
 # A row is text (a number of tokens), pictures and videos, in the order of the sequence.
@@ -101,7 +107,9 @@ def tiny_model(family: str, *, attn: str = "sdpa", seed: int = 0, **text: Any) -
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if "embed" in name or "newline" in name:
+            if "embed_tokens" in name:
+                parameter.copy_(tiny.embed_std * noise)
+            elif "embed" in name or "newline" in name:
                 parameter.copy_(noise)
             elif parameter.dim() > 1:
                 parameter.copy_(noise * (1.5 / math.sqrt(parameter[0].numel())))

@@ -60,6 +60,7 @@ class Tiny:
     encode       the placeholders of a picture, as ids in the sequence, and the model's inputs for
                  it, which are concatenated over the pictures of a row along `image_dim`, and over
                  rows along 0
+    embed_std    of the token embeddings; below 1 where the model makes them larger
     per_row      further inputs of a row, from its ids [1, S]
     videos       whether `encode` knows videos
     """
@@ -68,5 +69,6 @@ class Tiny:
     config: Callable[[dict[str, Any]], Any]
     encode: Callable[[Picture | Video, torch.Generator], tuple[list[int], dict[str, Tensor]]]
     image_dim: int = 0
+    embed_std: float = 1.0
     per_row: Callable[[Tensor], dict[str, Tensor]] = no_more
     videos: bool = False
