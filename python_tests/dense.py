@@ -113,7 +113,8 @@ class Dense:
                 total += (uniform if layer == 0 and setting.uniform_first else size).log()
             cosine = (cos @ cos.T + sin @ sin.T) / cos.shape[-1]
             total += torch.where(distant[:, None], (2 - cosine).log(), 0)
-            sees = self._sees(layer, position, full.allowed[layer][source][:, source], setting)
+            prompt = [sees[source][:, source] for sees in full.allowed]
+            sees = self._sees(layer, position, prompt, setting.reindex)
             return total.masked_fill(~sees, torch.finfo(total.dtype).min)
 
         with self._biased(bias):
@@ -123,15 +124,21 @@ class Dense:
             out = self.lm(inputs_embeds=embeds[None], use_cache=False, **kwargs)
         return self.model.lm_head(out.last_hidden_state[0, T - 1 :])
 
-    def _sees(self, layer: int, position: Tensor, prompt: Tensor, setting: Setting) -> Tensor:
-        """[T + new, T + new] bool: the prompt's tokens what they saw, others what is before them."""
-        T, L = len(prompt), position.shape[1]
+    def _sees(self, layer: int, position: Tensor, prompt: list[Tensor], reindexed: bool) -> Tensor:
+        """[T + new, T + new] bool: tokens of the prompt see what they saw in stock, the answer what
+        is before it. prompt  [T, T] bool, per layer"""
+        (T, _), L, window = prompt[0].shape, position.shape[1], self._window(layer)
         sees = torch.ones(L, L, dtype=torch.bool).tril()
-        window = self._window(layer)
-        if window is not None:
-            sees &= position[0][:, None] - position[0] < window
-        if window is None or not setting.reindex:  # a shorter sequence has more in its window
-            sees[:T, :T] = prompt
+        sees[:T, :T] = prompt[layer]
+        if window is None:
+            return sees
+        inside = position[0][:, None] - position[0] < window
+        if reindexed:  # a shorter sequence has more of itself in its window
+            full = next(sees for i, sees in enumerate(prompt) if self._window(i) is None)
+            block = full & full.T
+            whole = bool((prompt[layer] & block & ~inside[:T, :T]).any())
+            sees[:T, :T] = (full & inside[:T, :T]) | (block & whole)
+        sees[T:] &= inside[T:]
         return sees
 
     def _window(self, layer: int) -> int | None:

@@ -149,17 +149,12 @@ def attend_by_op(
     """`calibrated_attention` as transformers wants it, [B, T, H, D]; kwargs of the attention call.
 
     Layers may be on several devices, the arguments are on the first."""
-    out = ops.calibrated_attention(
-        query,
-        key,
-        value,
-        softcap=kwargs.get("softcap") or 0.0,
-        scale=kwargs.get("scaling"),
-        **{
-            name: value.to(query.device) if isinstance(value, Tensor) else value
-            for name, value in arguments.items()
-        },
-    )
+    here: dict[str, Any] = {
+        name: value.to(query.device) if isinstance(value, Tensor) else value
+        for name, value in arguments.items()
+    }
+    softcap, scale = kwargs.get("softcap") or 0.0, kwargs.get("scaling")
+    out = ops.calibrated_attention(query, key, value, softcap=softcap, scale=scale, **here)
     assert isinstance(out, Tensor)
     return out.transpose(1, 2)
 
