@@ -27,7 +27,7 @@ from restore_ext.testing.zoo import (
     Tiny,
     Video,
 )
-from restore_ext.testing.zoo.gemma import GEMMA3, PALIGEMMA
+from restore_ext.testing.zoo.gemma import GEMMA3, PALIGEMMA, PALIGEMMA2
 from restore_ext.testing.zoo.idefics3 import IDEFICS3, SMOLVLM
 from restore_ext.testing.zoo.internvl import INTERNVL
 from restore_ext.testing.zoo.llava import LLAVA
@@ -80,6 +80,7 @@ TINY: dict[str, Tiny] = {
     "qwen3_vl": QWEN3_VL,
     "glm4v": GLM4V,
     "paligemma": PALIGEMMA,
+    "paligemma2": PALIGEMMA2,
     "gemma3": GEMMA3,
 }
 

@@ -1,6 +1,7 @@
 """What the hook asks of a family of models."""
 
 import dataclasses
+import inspect
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -141,6 +142,12 @@ class Family(ABC):
 
     def require_prepared(self, settings: Settings) -> None:
         """Raises for a model that prepare_inputs() cannot serve and attach() can."""
+        forwarded = inspect.signature(self.model.prepare_inputs_for_generation).parameters
+        if "inputs_embeds" not in forwarded:
+            raise NotImplementedError(
+                f"model: generate() of a {type(self.model).__name__} takes no embeddings, which is "
+                "what prepare_inputs() makes; use attach()"
+            )
         if any(self.windows):
             raise NotImplementedError(
                 "model: prepare_inputs() needs full attention in every layer, for generate() would "

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from restore_ext.hf.compat import prompt_blocks
 from restore_ext.hf.families.llava import Llava
+from restore_ext.hf.settings import Settings
 
 
 class PaliGemma(Llava):
@@ -15,8 +16,14 @@ class PaliGemma(Llava):
     model_class = "PaliGemmaForConditionalGeneration"
     models = "PaliGemma, PaliGemma 2"
     scores_from = "received, in the last layer"
-    notes = "the prompt stays bidirectional"
+    notes = "the prompt stays bidirectional; attach() only"
     feature_layer = -1
+
+    def require_prepared(self, settings: Settings) -> None:
+        raise NotImplementedError(
+            "model: prepare_inputs() cannot serve PaliGemma: generate() would see a prompt of "
+            "embeddings as causal; use attach()"
+        )
 
     def blocks(self, inputs: dict[str, Any]) -> Tensor | None:
         return prompt_blocks(self.inner, inputs)

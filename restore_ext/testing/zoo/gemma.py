@@ -34,16 +34,18 @@ def paligemma(text: dict[str, Any]) -> Any:
     )
 
 
+def paligemma2(text: dict[str, Any]) -> Any:
+    config = paligemma(text)
+    config.text_config = transformers.Gemma2Config(
+        **{**_windowed(), **text}, attn_logit_softcapping=5.0, final_logit_softcapping=None
+    )
+    return config
+
+
 def gemma3(text: dict[str, Any]) -> Any:
     return transformers.Gemma3Config(
         vision_config=siglip(LLAVA_SIDE),
-        text_config={
-            "head_dim": HEAD,
-            "query_pre_attn_scalar": HEAD,
-            "sliding_window": WINDOW,
-            "layer_types": ["sliding_attention", "full_attention"] * 2,
-            **text,
-        },
+        text_config={**_windowed(), **text},
         mm_tokens_per_image=LLAVA_SIDE**2 // 4,
         image_token_id=IMAGE,
         image_token_index=IMAGE,
@@ -51,6 +53,15 @@ def gemma3(text: dict[str, Any]) -> Any:
         eoi_token_index=VISION_END,
         tie_word_embeddings=False,
     )
+
+
+def _windowed() -> dict[str, Any]:
+    return {
+        "head_dim": HEAD,
+        "query_pre_attn_scalar": HEAD,
+        "sliding_window": WINDOW,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    }
 
 
 def _pixels(generator: torch.Generator) -> dict[str, Tensor]:
@@ -82,12 +93,15 @@ def images_marked(input_ids: Tensor) -> dict[str, Tensor]:
 # Gemma multiplies its embeddings by the root of the hidden size; its output is not tied to them
 # here, for a token would predict itself.
 EMBED_STD = float(TEXT["hidden_size"]) ** -0.5
-PALIGEMMA = Tiny(
-    "PaliGemmaForConditionalGeneration",
-    paligemma,
-    encode_paligemma,
-    embed_std=EMBED_STD,
-    per_row=all_prompt,
+PALIGEMMA, PALIGEMMA2 = (
+    Tiny(
+        "PaliGemmaForConditionalGeneration",
+        config,
+        encode_paligemma,
+        embed_std=EMBED_STD,
+        per_row=all_prompt,
+    )
+    for config in (paligemma, paligemma2)
 )
 GEMMA3 = Tiny(
     "Gemma3ForConditionalGeneration",
