@@ -152,7 +152,7 @@ class Dense:
 
         def hook(layer: int):
             def replace(module, args, kwargs):
-                cos, sin = self._turns(module, kwargs)
+                cos, sin = self._turns(module, args, kwargs)
                 return args, {**kwargs, "attention_mask": bias(layer, cos, sin)[None, None]}
 
             return replace
@@ -167,8 +167,14 @@ class Dense:
             for handle in hooks:
                 handle.remove()
 
-    def _turns(self, layer, kwargs) -> tuple[Tensor, Tensor]:
+    def _turns(self, layer, args, kwargs) -> tuple[Tensor, Tensor]:
         """cos and sin [L, D] that a layer turns its queries and keys by."""
+        kinds = getattr(self.lm.config, "layer_types", None)
+        cohere = self.lm.config.model_type == "cohere2"  # turns where it has a window
+        still = cohere and kinds[layer.self_attn.layer_idx] == "full_attention"
+        if still or not getattr(layer.self_attn, "use_rope", True):
+            still = torch.ones_like(kwargs["hidden_states"][0] if not args else args[0][0])
+            return still, torch.zeros_like(still)
         if "position_embeddings" in kwargs:
             pair = kwargs["position_embeddings"]
         else:  # Gemma 3 before 5.0

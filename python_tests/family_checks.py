@@ -10,7 +10,7 @@ from naive import Setting
 from restore_ext.testing.models import RAGGED, Picture, join_rows, make_inputs, tiny_model
 
 MROPE = ("qwen2_vl", "qwen3_vl", "glm4v")
-MASKS = ("paligemma", "paligemma2", "gemma3")
+MASKS = ("paligemma", "paligemma2", "gemma3", "aya_vision")
 TOLERANCE = 1e-4  # of the largest logit: the layers of some are worth ten roundings of others
 
 # Rows for every family: several images, ragged, text longer than a window before and behind.

@@ -26,7 +26,10 @@ from restore_ext.testing.models import (
 )
 
 each = pytest.mark.parametrize("family", MASKS)
-each_windowed = pytest.mark.parametrize("family", ["paligemma2", "gemma3"])
+each_with_blocks = pytest.mark.parametrize("family", ["paligemma", "paligemma2", "gemma3"])
+each_windowed = pytest.mark.parametrize("family", ["paligemma2", "gemma3", "aya_vision"])
+
+POOLED = ("gemma3", "aya_vision")  # 16 tokens of 64 patches
 
 
 @each
@@ -37,7 +40,7 @@ def test_a_shorter_sequence_with_positions_of_its_own_is_the_reference(family, b
         assert_generates_dense(family, handle, **setting)
 
 
-@each
+@each_with_blocks
 def test_the_reference_sees_forward_and_no_further_than_a_window(family):
     """What the other tests compare with has what they are about."""
     [inputs] = row_inputs(family, ROWS[:1])
@@ -51,7 +54,7 @@ def test_the_reference_sees_forward_and_no_further_than_a_window(family):
     assert cut == ([True, False] * 2 if family == "gemma3" else [False] * 4)
 
 
-@each
+@each_with_blocks
 @each_backend
 def test_a_prompt_of_which_a_part_is_causal_is_the_reference(family, backend):
     """PaliGemma: the text behind the images is an answer; Gemma 3: one image is marked as text."""
@@ -65,7 +68,7 @@ def test_a_prompt_of_which_a_part_is_causal_is_the_reference(family, backend):
         assert_is_dense(family, handle, inputs)
 
 
-@each
+@each_with_blocks
 def test_without_token_types_stock_decides_what_is_seen(family):
     [inputs] = row_inputs(family, TWO_IMAGES)
     del inputs["token_type_ids"]
@@ -84,11 +87,11 @@ def assert_is_dense(family: str, handle, inputs: dict) -> None:
 @each
 @each_backend
 def test_images_of_two_turns_are_those_of_one_prompt(family, backend):
-    """A later image on a reduced cache: its tokens see each other, and what is in the window. What
-    PaliGemma's prompt sees forward ends with the turn."""
+    """A later image on a reduced cache: its tokens see what is in the window, and each other where
+    the family has it so."""
     [inputs] = row_inputs(family, [(5, Picture(8, 8), 3, Picture(8, 8), 6)])
     S = inputs["input_ids"].shape[1]
-    if family == "gemma3":
+    if family in POOLED:
         at = S // 2
     else:
         at = 5 + 64 + 1
@@ -151,7 +154,7 @@ def test_scores_are_the_mean_attention_received_in_the_last_layer(monkeypatch, f
     with torch.no_grad():
         tower = eager.model.vision_tower(inputs["pixel_values"], output_attentions=True)
     want = tower.attentions[-1].mean((1, 2))  # [images, 64]
-    if family == "gemma3":
+    if family in POOLED:
         want = want.view(-1, 4, 2, 4, 2).mean((2, 4)).flatten(1)
     assert torch.stack(got).allclose(want, rtol=0, atol=1e-6)
 

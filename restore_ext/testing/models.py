@@ -27,6 +27,7 @@ from restore_ext.testing.zoo import (
     Tiny,
     Video,
 )
+from restore_ext.testing.zoo.aya_vision import AYA_VISION
 from restore_ext.testing.zoo.gemma import GEMMA3, PALIGEMMA, PALIGEMMA2
 from restore_ext.testing.zoo.idefics3 import IDEFICS3, SMOLVLM
 from restore_ext.testing.zoo.internvl import INTERNVL
@@ -75,6 +76,7 @@ TINY: dict[str, Tiny] = {
     "pixtral": PIXTRAL,
     "idefics3": IDEFICS3,
     "smolvlm": SMOLVLM,
+    "aya_vision": AYA_VISION,
     "qwen2_vl": QWEN2_VL,
     "qwen2_5_vl": QWEN2_5_VL,
     "qwen3_vl": QWEN3_VL,
