@@ -119,6 +119,7 @@ class Dense:
 
         with self._biased(bias):
             kwargs = {"position_ids": position[:, None] if len(position) > 1 else position}
+            kwargs["attention_mask"] = torch.ones(1, T + new, dtype=torch.long)  # not "packed"
             if visual is not None:
                 kwargs |= dict(zip(VISUAL, (visual[None], added), strict=True))
             out = self.lm(inputs_embeds=embeds[None], use_cache=False, **kwargs)

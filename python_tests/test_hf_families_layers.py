@@ -21,6 +21,7 @@ from restore_ext.methods import METHODS, needs_scores
 from restore_ext.testing.models import (
     TEXT_ONLY,
     TWO_IMAGES,
+    VERSION,
     join_rows,
     make_inputs,
 )
@@ -58,12 +59,12 @@ def test_methods_that_need_scores_are_the_reference(family, method):
 
 @each
 def test_several_answers_of_a_row_are_the_reference(family):
-    """generate() encodes once, and repeats the features for the answers. Stock GLM-4V repeats them
-    in the wrong order where a row has two images."""
-    rows = ROWS[1:] if family == "glm4v" else ROWS[:2]
+    """generate() encodes once, and repeats the features for the answers. Where a row has two images
+    stock GLM-4V has them in the wrong order, and before 5.18 so have others."""
+    single = family == "glm4v" or (VERSION < (5, 18) and "qwen" not in family)
+    rows, per_row = (ROWS[1:], [0, 1, 2, 3]) if single else (ROWS[:2], [0, 0, 1, 1, 2, 3])
     with attach(model(family)) as handle:
         assert_generates_dense(family, handle, rows, copies=2)
-    per_row = [0, 1, 2, 3] if family == "glm4v" else [0, 0, 1, 1, 2, 3]
     assert [image.row for image in handle.last.images] == per_row
 
 

@@ -63,12 +63,12 @@ def test_videos_alone_are_the_same_bits(family):
     assert handle.last is None
 
 
-@pytest.mark.skipif(VERSION < (5, 0), reason="4.57 tells a video of GLM-4V by its own tokens")
 def test_a_video_of_glm4v_is_the_same_bits_though_it_has_an_images_placeholders():
     inputs = make_inputs("glm4v", [(5, Picture(6, 8), 4)])
     inputs["pixel_values_videos"] = inputs.pop("pixel_values")
     inputs["video_grid_thw"] = inputs.pop("image_grid_thw")
-    inputs["mm_token_type_ids"] = 2 * inputs["mm_token_type_ids"]
+    if VERSION >= (5, 0):
+        inputs["mm_token_type_ids"] = 2 * inputs["mm_token_type_ids"]
     want = said("glm4v", inputs)
     with attach(model("glm4v")):
         assert_same_bits("glm4v", inputs, want)
@@ -131,8 +131,7 @@ def test_deepstack_reaches_the_tokens_that_are_left():
     assert (logits(out)[0] - without).abs().max() > 0.1
 
 
-@pytest.mark.skipif(VERSION < (5, 3), reason="prepare_inputs() is refused before 5.3")
-@pytest.mark.parametrize("family", ["qwen2_vl", "glm4v"])
+@pytest.mark.parametrize("family", ["qwen2_vl", "glm4v"] if VERSION >= (5, 3) else [])
 def test_prepared_inputs_say_what_an_attached_model_says(family):
     inputs = join_rows(row_inputs(family, RAGGED))
     with attach(model(family), layer0="size"):
@@ -149,7 +148,6 @@ def test_prepared_inputs_say_what_an_attached_model_says(family):
     assert_close(logits(got), want, TOLERANCE)
 
 
-@pytest.mark.skipif(VERSION < (5, 3), reason="prepare_inputs() is refused before 5.3")
 def test_prepared_inputs_cannot_carry_deepstack():
-    with pytest.raises(NotImplementedError, match=r"Qwen3-VL.*attach"):
+    with pytest.raises(NotImplementedError, match=r"prepare_inputs.*attach\(\)"):
         restore_ext.prepare_inputs(model("qwen3_vl"), **make_inputs("qwen3_vl"), keep_ratio=0.3)

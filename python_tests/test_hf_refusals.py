@@ -29,7 +29,6 @@ from restore_ext.testing.models import (
     TEXT,
     TEXT_ONLY,
     TWO_IMAGES,
-    VERSION,
     make_inputs,
     tiny_model,
 )
@@ -251,14 +250,6 @@ def test_each_layer_has_the_distance_term_of_its_own_rope(backend, calibrate):
     tokens, how = answers(out, inputs)[0].tolist(), Setting(distance=calibrate != "size")
     want = reference.logits(reference.prompt(inputs), handle.last.plan, 0, tokens, how)
     assert_close(logits(out)[0], want)
-
-
-@pytest.mark.skipif(VERSION < (5, 3), reason="prepare_inputs() is refused before 5.3")
-def test_layers_that_differ_in_rope_cannot_be_prepared_where_the_distance_counts():
-    model, inputs = smollm3_llava([1, 1, 1, 0]), make_inputs("llava")
-    with pytest.raises(NotImplementedError, match=r"^model.*RoPE.*SmolLM3.*calibrate='size'"):
-        restore_ext.prepare_inputs(model, **inputs, keep=5)
-    restore_ext.prepare_inputs(model, **inputs, keep=5, calibrate="size")
 
 
 @each_backend

@@ -40,6 +40,8 @@ def image_features(output: Any) -> list[Tensor]:
     """The projected features [N, C], image by image or row by row, in what get_image_features()
     returned: 4.57 returns them, 5.x an object with them; a tensor where all are of one size."""
     features = getattr(output, "pooler_output", output)
+    if isinstance(features, tuple) and features and not isinstance(features[0], Tensor):
+        features = features[0]  # 4.57: what Qwen3-VL adds later is beside them
     return list(features) if isinstance(features, (list, tuple, Tensor)) else []
 
 

@@ -92,7 +92,7 @@ def images_marked(input_ids: Tensor) -> dict[str, Tensor]:
 
 # Gemma multiplies its embeddings by the root of the hidden size; its output is not tied to them
 # here, for a token would predict itself.
-EMBED_STD = float(TEXT["hidden_size"]) ** -0.5
+EMBED_STD = 128**-0.5
 PALIGEMMA, PALIGEMMA2 = (
     Tiny(
         "PaliGemmaForConditionalGeneration",
