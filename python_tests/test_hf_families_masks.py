@@ -15,6 +15,7 @@ from family_checks import (
 from hf_harness import answers, assert_close, attach, each_backend, generate, logits
 from naive import Setting
 from test_hf_scores import seen_scores
+from torch.nn.functional import pad
 
 import restore_ext
 from restore_ext.hf.visible import Blocks
@@ -118,6 +119,9 @@ def test_images_of_two_turns_are_those_of_one_prompt(family, backend):
 def test_a_window_that_has_dropped_keys_is_refused_by_name(family):
     text = torch.arange(40, 60)[None]
     inputs = make_inputs(family, TWO_IMAGES)
+    del inputs["attention_mask"]
+    if "token_type_ids" in inputs:
+        inputs["token_type_ids"] = pad(inputs["token_type_ids"], (20, 0))
     with torch.no_grad(), attach(model(family)):
         past = model(family)(input_ids=text, use_cache=True).past_key_values
         with pytest.raises(NotImplementedError, match="sliding window has dropped"):

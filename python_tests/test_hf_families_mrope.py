@@ -4,7 +4,6 @@ import pytest
 import torch
 from family_checks import (
     MROPE,
-    TOLERANCE,
     assert_generates_dense,
     assert_same_bits,
     dense,
@@ -12,7 +11,8 @@ from family_checks import (
     row_inputs,
     said,
 )
-from hf_harness import assert_close, attach, each_backend, generate, logits
+from hf_harness import attach, each_backend, generate, logits
+from naive import Setting
 from test_hf_scores import seen_scores
 
 import restore_ext
@@ -25,7 +25,6 @@ from restore_ext.testing.models import (
     Picture,
     Video,
     image_tokens,
-    join_rows,
     make_inputs,
 )
 
@@ -63,15 +62,16 @@ def test_videos_alone_are_the_same_bits(family):
     assert handle.last is None
 
 
-def test_a_video_of_glm4v_is_the_same_bits_though_it_has_an_images_placeholders():
-    inputs = make_inputs("glm4v", [(5, Picture(6, 8), 4)])
-    inputs["pixel_values_videos"] = inputs.pop("pixel_values")
-    inputs["video_grid_thw"] = inputs.pop("image_grid_thw")
-    if VERSION >= (5, 0):
+if VERSION >= (5, 0):  # 4.57 tells a video by tokens around it, which no image has
+
+    def test_a_video_of_glm4v_is_the_same_bits_though_it_has_an_images_placeholders():
+        inputs = make_inputs("glm4v", [(5, Picture(6, 8), 4)])
+        inputs["pixel_values_videos"] = inputs.pop("pixel_values")
+        inputs["video_grid_thw"] = inputs.pop("image_grid_thw")
         inputs["mm_token_type_ids"] = 2 * inputs["mm_token_type_ids"]
-    want = said("glm4v", inputs)
-    with attach(model("glm4v")):
-        assert_same_bits("glm4v", inputs, want)
+        want = said("glm4v", inputs)
+        with attach(model("glm4v")):
+            assert_same_bits("glm4v", inputs, want)
 
 
 @each
@@ -125,27 +125,8 @@ def test_deepstack_reaches_the_tokens_that_are_left():
     assert len(full.added) == 2 and all(x[full.visual].abs().min() > 0 for x in full.added)
     full.added = [torch.zeros_like(x) for x in full.added]
     tokens = out.sequences[0, inputs["input_ids"].shape[1] :].tolist()
-    from naive import Setting
-
     without = dense("qwen3_vl").logits(full, handle.last.plan, 0, tokens, Setting())
     assert (logits(out)[0] - without).abs().max() > 0.1
-
-
-@pytest.mark.parametrize("family", ["qwen2_vl", "glm4v"] if VERSION >= (5, 3) else [])
-def test_prepared_inputs_say_what_an_attached_model_says(family):
-    inputs = join_rows(row_inputs(family, RAGGED))
-    with attach(model(family), layer0="size"):
-        want = logits(generate(model(family), inputs))
-    prepared = restore_ext.prepare_inputs(model(family), **inputs, keep_ratio=0.3)
-    with prepared:
-        got = model(family).generate(
-            **prepared,
-            max_new_tokens=want.shape[1],
-            do_sample=False,
-            return_dict_in_generate=True,
-            output_logits=True,
-        )
-    assert_close(logits(got), want, TOLERANCE)
 
 
 def test_prepared_inputs_cannot_carry_deepstack():

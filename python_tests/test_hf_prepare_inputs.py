@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from family_checks import MASKS
 from hf_harness import (
     NEW,
     answers,

@@ -42,6 +42,8 @@ def image_features(output: Any) -> list[Tensor]:
     features = getattr(output, "pooler_output", output)
     if isinstance(features, tuple) and features and not isinstance(features[0], Tensor):
         features = features[0]  # 4.57: what Qwen3-VL adds later is beside them
+    if isinstance(features, Tensor) and features.dim() == 4:
+        features = features.flatten(1, 2)  # 4.57: Aya Vision's [images, rows, columns, C]
     return list(features) if isinstance(features, (list, tuple, Tensor)) else []
 
 

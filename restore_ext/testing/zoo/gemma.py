@@ -10,7 +10,6 @@ from restore_ext.testing.zoo import (
     IMAGE,
     LLAVA_SIDE,
     PATCH,
-    TEXT,
     VISION_END,
     VISION_START,
     Picture,
