@@ -73,17 +73,16 @@ def window_cuts_images(inner: nn.Module) -> bool:
     return hasattr(sys.modules[type(inner).__module__], "create_masks_for_vision_model")
 
 
-def prompt_blocks(inner: nn.Module, inputs: dict[str, Any]) -> Tensor | None:
+def prompt_blocks(inner: nn.Module, inputs: dict[str, Any]) -> Tensor:
     """[B, L] int64, 0 where PaliGemma's prompt sees itself forward, -1 elsewhere: from its inner
-    model's arguments. 4.57 does not ask which tokens are the prompt, early 5.x only if told."""
+    model's arguments. All is prompt where nothing is said (what stock then does depends on version,
+    attention and padding), and in 4.57, which does not ask."""
     kinds = inputs.get("token_type_ids")
-    modeling = sys.modules[type(inner).__module__]
-    never_asks = hasattr(inner, "_update_causal_mask")
-    if never_asks or (kinds is None and hasattr(modeling, "token_type_ids_mask_function")):
+    if kinds is None or hasattr(inner, "_update_causal_mask"):
         ids = inputs.get("input_ids")
         tokens = inputs["inputs_embeds"] if ids is None else ids
         return torch.zeros(tokens.shape[:2], dtype=torch.int64, device=tokens.device)
-    return None if kinds is None else torch.where(kinds == 0, 0, -1)
+    return torch.where(kinds == 0, 0, -1)
 
 
 def generation_positions(model: Any, input_ids: Tensor, inputs: dict[str, Any]) -> Tensor:
