@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from family_checks import MASKS
 from hf_harness import (
     NEW,
     answers,
@@ -60,6 +59,8 @@ PREPARED = (
     "pixtral",
     "idefics3",
     "smolvlm",
+    "qwen2_vl",
+    "glm4v",
 )
 
 
