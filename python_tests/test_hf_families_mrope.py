@@ -4,6 +4,7 @@ import pytest
 import torch
 from family_checks import (
     MROPE,
+    TOLERANCE,
     assert_generates_dense,
     assert_same_bits,
     dense,
@@ -11,7 +12,7 @@ from family_checks import (
     row_inputs,
     said,
 )
-from hf_harness import attach, each_backend, generate, logits
+from hf_harness import assert_close, attach, each_backend, generate, logits
 from naive import Setting
 from test_hf_scores import seen_scores
 
@@ -43,6 +44,9 @@ each_with_videos = pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", 
 def test_videos_beside_images_stay_and_are_the_reference(family, backend):
     with attach(model(family), backend=backend) as handle:
         inputs = assert_generates_dense(family, handle, MIXED)
+        with torch.no_grad():
+            whole = model(family)(**inputs).logits[:, -1]  # encodes in the forward itself
+        assert_close(whole, logits(generate(model(family), inputs))[:, 0], TOLERANCE)
     plan, ids = handle.last.plan, inputs["input_ids"]
     assert [image.row for image in handle.last.images] == [0, 1, 1]
     for row in range(len(MIXED)):

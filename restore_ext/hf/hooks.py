@@ -319,7 +319,6 @@ def _blocks(call: Call | None, cut: Cut | None, valid: Tensor) -> Blocks | None:
     S = valid.shape[1]
     number = call.blocks.to(valid.device)
     number = pad(number, (0, max(0, S - number.shape[1])), value=-1)[:, -S:]
-    number = number.masked_fill(~valid, -1)
     number[:, S - call.draft :] = -1  # of a draft stock takes the last token's
     if cut is not None:
         number = cut.plan.gather(number).masked_fill(~cut.plan.valid, -1)
