@@ -38,7 +38,6 @@ from restore_ext.methods import METHODS
 from restore_ext.testing.models import (
     IMAGE,
     TEXT_ONLY,
-    TINY,
     TWO_IMAGES,
     VERSION,
     VIDEO,

@@ -41,7 +41,9 @@ class Cut:
             layers=[LayerReport(before, after, after * per_token)] * count,
             plan=self.plan,
             kv_bytes=after * per_token * count,
-            kv_bytes_stock=before * per_token * count,
+            # Stock drops what a window of w tokens no longer needs: all but the last w - 1.
+            kv_bytes_stock=per_token
+            * sum(min(before, (w or before + 1) - 1) for w in family.windows),
         )
 
     def _images(self) -> list[ImageReport]:
