@@ -172,3 +172,14 @@ def test_blocks_are_runs_of_one_number():
     blocks = Blocks.of(number)
     assert blocks.first.tolist() == [[0, 1, 1, 3, 3, 5, 6, 7], [0, 0, 2, 3, 4, 5, 5, 5]]
     assert blocks.past.tolist() == [[1, 3, 3, 5, 5, 6, 7, 8], [2, 2, 3, 4, 5, 8, 8, 8]]
+
+
+@each_windowed
+def test_the_report_knows_what_stock_would_store(family):
+    inputs = make_inputs(family, TWO_IMAGES)
+    with torch.no_grad():
+        layers = model(family)(**inputs, use_cache=True).past_key_values.layers
+        with attach(model(family)) as handle:
+            model(family)(**inputs)
+    stored = sum(4 * (layer.keys.numel() + layer.values.numel()) for layer in layers)
+    assert handle.last.kv_bytes_stock == stored
