@@ -5,12 +5,13 @@ features (give it a model that was never attached). Everything else is recompute
 token: the merged embeddings, the positions, the bias, every layer. In float64 it is the truth.
 """
 
+import inspect
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from restore_ext.testing.models import IMAGE, MROPE_SECTION
+from restore_ext.testing.models import IMAGE, MROPE_SECTION, VIDEO
 
 # Column c of a plan is what became of one token of the row, padding included.
 
@@ -50,11 +51,12 @@ class Tokens:
 
 
 class Naive:
-    """A LLaVA or Qwen2.5-VL model as a few functions of its weights."""
+    """A model with a LLaMA, Mistral or Qwen2 inside as a few functions of its weights."""
 
     def __init__(self, model, dtype: torch.dtype = torch.float64):
         self.model, self.dtype = model, dtype
-        language = model.model.language_model
+        inner = model.model
+        language = inner.text_model if hasattr(inner, "text_model") else inner.language_model
         self.config = language.config
         self.inv_freq = language.rotary_emb.inv_freq.to(dtype)
         self.weights = {n: w.detach().to(dtype) for n, w in language.named_parameters()}
@@ -66,9 +68,10 @@ class Naive:
         if features is None:
             features = image_features(self.model, inputs)
         x = self.embed(ids)
-        if features:
-            visual = torch.cat([f.to(self.dtype) for f in features])
-            x = x.masked_scatter((ids == IMAGE)[:, None], visual)
+        for token, visual in ((IMAGE, features), (VIDEO, video_features(self.model, inputs))):
+            if visual:
+                rows = torch.cat([f.to(self.dtype) for f in visual])
+                x = x.masked_scatter((ids == token)[:, None], rows)
         if "image_grid_thw" in inputs or "mm_token_type_ids" in inputs or self.axes() == 3:
             position = mrope_positions(ids, inputs.get("image_grid_thw", []), start)
         else:
@@ -225,9 +228,27 @@ def window_order(grids, side: int = 2) -> Tensor:
 
 @torch.no_grad()
 def image_features(model, inputs: dict) -> list[Tensor]:
-    """[N, C] per image from the vision tower and projector, on every transformers."""
+    """[N, C] per image, or per row where the model has them so, on every transformers."""
     if "pixel_values" not in inputs:
         return []
-    names = [n for n in ("pixel_values", "image_grid_thw") if n in inputs]
-    out = model.model.get_image_features(**{n: inputs[n] for n in names})
+    encode = model.model.get_image_features
+    sizes = ("image_sizes",) if "image_sizes" in inputs else ()
+    names = {*inspect.signature(encode).parameters, *sizes}
+    out = encode(**{name: inputs[name] for name in names if name in inputs})
     return [f.reshape(-1, f.shape[-1]) for f in getattr(out, "pooler_output", out)]
+
+
+@torch.no_grad()
+def video_features(model, inputs: dict) -> list[Tensor]:
+    """[N, C] per video of LLaVA-OneVision, with the newline that closes it."""
+    if "pixel_values_videos" not in inputs:
+        return []
+    names = ("vision_feature_layer", "vision_feature_select_strategy")
+    taken = {name: getattr(model.config, name) for name in names}
+    out = model.model.get_video_features(inputs["pixel_values_videos"], **taken)
+    newline = model.model.image_newline[None]
+    videos = []
+    for video in getattr(out, "pooler_output", out):
+        closed = torch.equal(video[-1:], newline)  # its model does that outside before 5.18
+        videos.append(video if closed else torch.cat([video, newline]))
+    return videos

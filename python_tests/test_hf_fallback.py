@@ -100,6 +100,14 @@ def test_a_head_size_the_op_does_not_have():
     assert forward(model, inputs).isfinite().all() and handle.last is not None
 
 
+def test_attention_with_sinks_which_the_op_does_not_have():
+    """As GPT-OSS in an InternVL 3.5."""
+    model = fresh("llava")
+    model.model.language_model.layers[2].self_attn.sinks = torch.nn.Parameter(torch.zeros(4))
+    with pytest.warns(UserWarning, match=FALLS_BACK + "the op has no attention sinks$"):
+        assert attach(model).settings.backend == "mask"
+
+
 def test_a_mask_that_was_asked_for_is_no_fallback(on_gpu):
     with warnings.catch_warnings():
         warnings.simplefilter("error")

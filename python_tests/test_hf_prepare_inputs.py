@@ -49,6 +49,19 @@ SETTINGS = [
     {"method": "tome"},
     {"keep": 6},
 ]
+# Beside LLaVA and Qwen: what becomes of newlines, of features in one tensor, and of those by rows.
+PREPARED = (
+    "llava_next",
+    "llava_onevision",
+    "llava_onevision_several",
+    "internvl",
+    "mistral3",
+    "pixtral",
+    "idefics3",
+    "smolvlm",
+    "qwen2_vl",
+    "glm4v",
+)
 
 
 def attached(family: str, inputs: dict, options: dict, **how):
@@ -304,3 +317,12 @@ def test_a_model_without_rope_has_no_distance_term(backend):
         for calibrate in ("size+distance", "size")
     )
     assert torch.equal(far, near)
+
+
+@pytest.mark.parametrize("family", PREPARED)
+def test_every_family_says_what_it_says_attached(family):
+    inputs = make_inputs(family, TWO_IMAGES if family.endswith("several") else RAGGED)
+    options, model = {"method": "vispruner", "keep_ratio": 0.3}, tiny_model(family)
+    with restore_ext.attach(model, **options):
+        want = generate(model, inputs)
+    assert_same(spoken(model, restore_ext.prepare_inputs(model, **inputs, **options)), want, inputs)

@@ -5,7 +5,9 @@ import re
 import pytest
 import torch
 import transformers
+from dense import Dense
 from hf_harness import (
+    answers,
     assert_close,
     attach,
     each_backend,
@@ -18,10 +20,18 @@ from hf_harness import (
     step,
     stock,
 )
+from naive import Setting
 from transformers.cache_utils import Cache, DynamicCache, QuantizedLayer, StaticCache
 
 import restore_ext
-from restore_ext.testing.models import IMAGE, TEXT, TEXT_ONLY, TWO_IMAGES, make_inputs, tiny_model
+from restore_ext.testing.models import (
+    IMAGE,
+    TEXT,
+    TEXT_ONLY,
+    TWO_IMAGES,
+    make_inputs,
+    tiny_model,
+)
 
 # options of attach, the error, and what its message must hold
 WRONG = [
@@ -231,18 +241,15 @@ def test_logits_picked_by_index_are_refused_for_a_shortened_sequence(family, bac
 
 
 @each_backend
-def test_layers_that_differ_in_rope_are_refused_where_the_distance_counts(backend):
-    model, inputs = smollm3_llava([1, 1, 1, 0]), make_inputs("llava")
-    want, before = forward(model, inputs), fingerprint(model)
-    for options in ({}, {"restore": False, "calibrate": "size+distance"}):
-        with pytest.raises(NotImplementedError, match=r"^model.*RoPE.*SmolLM3.*calibrate='size'"):
-            attach(model, backend=backend, **options)
-    assert fingerprint(model) == before
-    for calibrate in ("size", "none"):
-        handle = attach(model, backend=backend, calibrate=calibrate)
-        assert forward(model, inputs).shape[1] < want.shape[1]
-        handle.detach()
-    assert torch.equal(forward(model, inputs), want)
+@pytest.mark.parametrize("calibrate", ["size+distance", "size"])
+def test_each_layer_has_the_distance_term_of_its_own_rope(backend, calibrate):
+    model, inputs = smollm3_llava([1, 0, 1, 0]), make_inputs("llava")
+    reference = Dense(model)
+    with attach(model, backend=backend, calibrate=calibrate) as handle:
+        out = generate(model, inputs)
+    tokens, how = answers(out, inputs)[0].tolist(), Setting(distance=calibrate != "size")
+    want = reference.logits(reference.prompt(inputs), handle.last.plan, 0, tokens, how)
+    assert_close(logits(out)[0], want)
 
 
 @each_backend

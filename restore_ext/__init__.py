@@ -10,7 +10,6 @@ from restore_ext.ops import (
     calibrated_attention_paged,
     match_bipartite,
     merge_tokens,
-    row_scores,
     score_anchors,
     select_anchors,
     select_diverse,
@@ -20,7 +19,7 @@ from restore_ext.reduction import Reduction
 from restore_ext.rope import rope_decay
 
 if TYPE_CHECKING:
-    from restore_ext.hf import attach, prepare_inputs
+    from restore_ext.hf import attach, list_families, prepare_inputs
 
 __version__ = "0.1.0"
 __all__ = [
@@ -29,13 +28,13 @@ __all__ = [
     "attach",
     "calibrated_attention",
     "calibrated_attention_paged",
+    "list_families",
     "list_methods",
     "match_bipartite",
     "merge_tokens",
     "prepare_inputs",
     "reduce_tokens",
     "rope_decay",
-    "row_scores",
     "score_anchors",
     "select_anchors",
     "select_diverse",
@@ -45,7 +44,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # The hook needs transformers, the rest of the package does not.
-    if name in ("attach", "prepare_inputs"):
+    if name in ("attach", "list_families", "prepare_inputs"):
         from restore_ext import hf
 
         return getattr(hf, name)

@@ -42,7 +42,16 @@ def rope_decay(model_or_config: Any, length: int, layer: int | None = None) -> T
                 f"layer must be given: in {type(decoder).__name__}, layer {i} has another RoPE "
                 "than layer 0"
             )
-    return None if turns[0] is None else _table(turns[0], length)
+    return _table(turns[0], length)
+
+
+def rope_decays(model_or_config: Any, length: int) -> list[Tensor | None]:
+    """rope_decay() of every layer; layers of one RoPE share one table."""
+    decoder = _decoder(model_or_config)
+    turns = [_turn(decoder, layer) for layer in range(decoder.config.num_hidden_layers)]
+    first = [next(i for i, other in enumerate(turns) if _same(turn, other)) for turn in turns]
+    tables = {i: _table(turns[i], length) for i in set(first)}
+    return [tables[i] for i in first]
 
 
 class _Turn(NamedTuple):
@@ -51,7 +60,9 @@ class _Turn(NamedTuple):
     axes: int
 
 
-def _table(turn: _Turn, length: int) -> Tensor:
+def _table(turn: _Turn | None, length: int) -> Tensor | None:
+    if turn is None:
+        return None
     distance = torch.arange(length, dtype=torch.float64, device=turn.frequency.device)
     cosine = torch.cos(distance[:, None] * turn.frequency) / len(turn.frequency)
     table = cosine.new_zeros(length, turn.axes).index_add(1, turn.axis, cosine)

@@ -1,6 +1,7 @@
 """RESTORE for transformers: attach() to a model, or prepare_inputs() for stock generate()."""
 
 from restore_ext.hf import compat  # noqa: F401  first: it says what is missing
+from restore_ext.hf.families import list_families
 from restore_ext.hf.handle import Handle, attach
 from restore_ext.hf.inputs import PreparedInputs, prepare_inputs
 from restore_ext.hf.plan import SequencePlan
@@ -14,5 +15,6 @@ __all__ = [
     "Report",
     "SequencePlan",
     "attach",
+    "list_families",
     "prepare_inputs",
 ]

@@ -5,6 +5,7 @@ itself is shared, saved and copied, so it stays as it is: a hooked attention mod
 `config`, a NamedConfig that differs in this one word.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import AttentionInterface
 from restore_ext import ops, reference
 from restore_ext.hf.cache import Side
 from restore_ext.hf.compat import attention_named
+from restore_ext.hf.visible import Blocks, key_range
 
 CALIBRATED = "restore_ext"
 PREPARED = "restore_ext_prepared"
@@ -52,17 +54,21 @@ class Calibration:
     sides: list[Side]  # per layer, the T new keys included
     query_position: Tensor  # [B, G, T] int32
     far: int  # the first so many queries get the distance term
-    decay: Tensor | None  # [G, P] float32, where there is one
+    decays: Sequence[Tensor | None]  # per layer, [G, P] float32 where there is one
+    windows: Sequence[int | None]  # per layer
+    blocks: Blocks | None  # of the T new tokens
+    window_cuts_blocks: bool
     seen: set[int] = field(default_factory=set)  # layers whose attention has run
     _keys: dict[int, Tensor] = field(default_factory=dict)
-    _masks: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict)
+    _ranges: dict[tuple[int, int | None], Tensor | None] = field(default_factory=dict)
+    _masks: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
 
     def parts(self, layer: int) -> list[tuple[int, int, dict[str, Any]]]:
         """Which queries see which keys how: (query count, key count, arguments of attention)."""
-        side, T = self.sides[layer], self.query_position.shape[-1]
+        side, T, decay = self.sides[layer], self.query_position.shape[-1], self.decays[layer]
         K = side.log_size.shape[-1]
-        if self.decay is None or not self.far:
-            return [(T, K, {"log_size": side.log_size})]
+        if decay is None or not self.far:
+            return [(T, K, {"log_size": side.log_size, **self._visible(layer, 0, T)})]
         near = T - self.far
         if id(side.position) not in self._keys:
             self._keys[id(side.position)] = only_rows(side.reduced, side.position)
@@ -70,10 +76,26 @@ class Calibration:
             "log_size": side.log_size[:, : K - near],
             "query_position": only_rows(side.reduced, self.query_position)[..., : self.far],
             "key_position": self._keys[id(side.position)][..., : K - near],
-            "decay": self.decay,
+            "decay": decay,
+            **self._visible(layer, 0, self.far),
         }
-        rest = [(near, K, {"log_size": side.log_size})] if near else []
-        return [(self.far, K - near, distant), *rest]
+        rest = {"log_size": side.log_size, **self._visible(layer, self.far, T)}
+        return [(self.far, K - near, distant), *([(near, K, rest)] if near else [])]
+
+    def _visible(self, layer: int, first: int, past: int) -> dict[str, Any]:
+        """The arguments of attention for the queries from `first` on that bound what they see."""
+        side, window = self.sides[layer], self.windows[layer]
+        key = (id(side.log_size), window)
+        if key not in self._ranges:
+            self._ranges[key] = key_range(
+                side,
+                self.query_position,
+                window=window,
+                blocks=self.blocks,
+                window_cuts_blocks=self.window_cuts_blocks,
+            )
+        ranges = self._ranges[key]
+        return {} if ranges is None else {"causal": False, "key_range": ranges[:, first:past]}
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, kwargs: Any) -> Tensor:
         """By the op, [B, T, H, D]."""
@@ -88,7 +110,7 @@ class Calibration:
         """[B, 1, T, K], what is added to the logits; layers that share a log_size share it."""
         log_size = self.sides[layer].log_size
         B, K = log_size.shape
-        key = (id(log_size), dtype)
+        key = (id(log_size), id(self.decays[layer]), self.windows[layer], dtype)
         if key not in self._masks:
             biases = []
             for T, k, arguments in self.parts(layer):
@@ -127,14 +149,12 @@ def attend_by_op(
     """`calibrated_attention` as transformers wants it, [B, T, H, D]; kwargs of the attention call.
 
     Layers may be on several devices, the arguments are on the first."""
-    out = ops.calibrated_attention(
-        query,
-        key,
-        value,
-        softcap=kwargs.get("softcap") or 0.0,
-        scale=kwargs.get("scaling"),
-        **{name: tensor.to(query.device) for name, tensor in arguments.items()},
-    )
+    here: dict[str, Any] = {
+        name: value.to(query.device) if isinstance(value, Tensor) else value
+        for name, value in arguments.items()
+    }
+    softcap, scale = kwargs.get("softcap") or 0.0, kwargs.get("scaling")
+    out = ops.calibrated_attention(query, key, value, softcap=softcap, scale=scale, **here)
     assert isinstance(out, Tensor)
     return out.transpose(1, 2)
 

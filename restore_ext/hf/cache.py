@@ -6,7 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+)
 
 INSTEAD = "use restore_ext.prepare_inputs(...) instead of attach"
 
@@ -173,15 +178,25 @@ def refuse_cache(cache: Any) -> None:
         raise NotImplementedError(
             f"past_key_values: an offloaded cache cannot hold a reduced sequence; {INSTEAD}"
         )
+    if any(_has_dropped(layer) for layer in cache.layers):
+        raise NotImplementedError(
+            "past_key_values: a sliding window has dropped keys already, which a reduced sequence "
+            "must still know of; reduce the images of an earlier turn, or start a new conversation"
+        )
     kinds = {type(layer) for layer in cache.layers}
     if not kinds and getattr(cache, "layer_class_to_replicate", None) is not None:
         kinds = {cache.layer_class_to_replicate}
-    for kind in kinds - {DynamicLayer, RestoreLayer}:
+    for kind in kinds - {DynamicLayer, DynamicSlidingWindowLayer, RestoreLayer}:
         name = type(cache).__name__
         raise NotImplementedError(
             f"past_key_values: a reduced sequence needs a DynamicCache, got {name} of "
-            f"{kind.__name__} (static, quantised, sliding and offloaded caches cannot); {INSTEAD}"
+            f"{kind.__name__} (static, quantised and offloaded caches cannot); {INSTEAD}"
         )
+
+
+def _has_dropped(layer: Any) -> bool:
+    kept = layer.keys.shape[-2] if layer.is_initialized and layer.keys.numel() else 0
+    return isinstance(layer, DynamicSlidingWindowLayer) and layer.get_seq_length() > kept
 
 
 def restore_cache(cache: Any, layers: int, side: Callable[[int], Side], config: Any) -> Any:

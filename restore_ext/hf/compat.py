@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 INSTALL = 'pip install "transformers>=4.57.6,<6" accelerate pillow'
@@ -36,12 +37,23 @@ def encodes_before_forward(model: nn.Module) -> bool:
 
 
 def image_features(output: Any) -> list[Tensor]:
-    """The projected features [N, C] per image in what get_image_features() returned.
-
-    The result holds the very tensors of `output`: 4.57 returns them, 5.x an object with them.
-    """
+    """The projected features [N, C], image by image or row by row, in what get_image_features()
+    returned: 4.57 returns them, 5.x an object with them; a tensor where all are of one size."""
     features = getattr(output, "pooler_output", output)
-    return list(features) if isinstance(features, (list, tuple)) else []
+    if isinstance(features, tuple) and features and not isinstance(features[0], Tensor):
+        features = features[0]  # 4.57: what Qwen3-VL adds later is beside them
+    if isinstance(features, Tensor) and features.dim() == 4:
+        features = features.flatten(1, 2)  # 4.57: Aya Vision's [images, rows, columns, C]
+    return list(features) if isinstance(features, (list, tuple, Tensor)) else []
+
+
+def encoder_inputs(encode: Callable[..., Any], inputs: dict[str, Any]) -> dict[str, Any]:
+    """Those of a model's inputs that its get_image_features() takes. Before 5.18 LLaVA's does not
+    name the image_sizes that a Pixtral needs."""
+    known = inspect.signature(encode).parameters
+    unnamed = ("image_sizes",) if "kwargs" in known else ()
+    names = (*known, *unnamed)
+    return {name: inputs[name] for name in names if inputs.get(name) is not None}
 
 
 def attention_named(name: str, module: nn.Module) -> Callable[..., Any]:
@@ -53,6 +65,24 @@ def attention_named(name: str, module: nn.Module) -> Callable[..., Any]:
     if name == "eager":
         return modeling.eager_attention_forward
     return getattr(modeling, "ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)[name]
+
+
+def window_cuts_images(inner: nn.Module) -> bool:
+    """Whether a sliding window of Gemma 3 holds within an image, which sees itself: later in 5.x it
+    does, before an image of a sliding layer was seen whole."""
+    return hasattr(sys.modules[type(inner).__module__], "create_masks_for_vision_model")
+
+
+def prompt_blocks(inner: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    """[B, L] int64, 0 where PaliGemma's prompt sees itself forward, -1 elsewhere: from its inner
+    model's arguments. All is prompt where nothing is said (what stock then does depends on version,
+    attention and padding), and in 4.57, which does not ask."""
+    kinds = inputs.get("token_type_ids")
+    if kinds is None or hasattr(inner, "_update_causal_mask"):
+        ids = inputs.get("input_ids")
+        tokens = inputs["inputs_embeds"] if ids is None else ids
+        return torch.zeros(tokens.shape[:2], dtype=torch.int64, device=tokens.device)
+    return torch.where(kinds == 0, 0, -1)
 
 
 def generation_positions(model: Any, input_ids: Tensor, inputs: dict[str, Any]) -> Tensor:

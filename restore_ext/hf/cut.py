@@ -8,7 +8,7 @@ from torch import Tensor
 
 from restore_ext.hf.cache import RestoreLayer, Side
 from restore_ext.hf.families import Family
-from restore_ext.hf.images import images_of_rows, reduce_images
+from restore_ext.hf.images import images_of_rows, reduce_images, without_separators
 from restore_ext.hf.plan import SequencePlan, plan_sequence
 from restore_ext.hf.report import ImageReport, LayerReport, Report
 from restore_ext.hf.settings import Settings
@@ -41,7 +41,9 @@ class Cut:
             layers=[LayerReport(before, after, after * per_token)] * count,
             plan=self.plan,
             kv_bytes=after * per_token * count,
-            kv_bytes_stock=before * per_token * count,
+            # Stock drops what a window of w tokens no longer needs: all but the last w - 1.
+            kv_bytes_stock=per_token
+            * sum(min(before, (w or before + 1) - 1) for w in family.windows),
         )
 
     def _images(self) -> list[ImageReport]:
@@ -79,6 +81,7 @@ def cut_sequence(
     per_row = [is_image.sum(1), valid.sum(1), past_image, positions.amax().expand(B)]
     counts = torch.stack(per_row).tolist()  # the one wait for the device
     rows = images_of_rows(counts[0], [len(image) for image in features])
+    features, is_image = without_separators(features, seen, rows, is_image)
     reductions = reduce_images(
         features, seen, rows, settings, encoded_once=encoded_once, refuse=refuse
     )

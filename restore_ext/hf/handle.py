@@ -80,7 +80,7 @@ def attach(
     be reduced (text alone, images within their budgets, not enabled) the stock path runs, with the
     same bits. Attaching again replaces. Threads may share an attached model.
 
-    model       LlavaForConditionalGeneration or Qwen2_5_VLForConditionalGeneration
+    model       of one of the classes in docs/families.md, whose names are in list_families()
     method      the base method, see docs/methods.md. What some need beyond the features (scores,
                 keys) is read off the vision tower as it runs.
     options     the method's own, as a dict, see reduce_tokens
@@ -112,7 +112,8 @@ def attach(
                 cache (use prepare_inputs), prefill_chunk_size, continuous batching.
 
     Without a cache every step is a prompt, so the distance term reaches generated tokens too.
-    Separators and newlines between image tokens are text. Videos are left as they are.
+    Separators and newlines between image tokens are text. Tiles count as images where the model is
+    handed them as such (InternVL, Idefics3, SmolVLM, Aya Vision). Videos are left as they are.
     """
     family = find_family(model)
     settings = make_settings(

@@ -9,19 +9,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from restore_ext import profiling
 from restore_ext.hf.attention import CALIBRATED, STATE, Calibration, NamedConfig
 from restore_ext.hf.cache import refuse_cache, restore_cache, restored
-from restore_ext.hf.compat import encodes_before_forward, image_features
+from restore_ext.hf.compat import encoder_inputs, encodes_before_forward, image_features
 from restore_ext.hf.cut import Cut, cut_sequence, new_side, padding_mask, side_before
 from restore_ext.hf.families import Family
 from restore_ext.hf.generation import drafted, in_chunks, watch_generation
-from restore_ext.hf.images import images_of_rows, reduce_images
+from restore_ext.hf.images import images_of_rows, reduce_images, without_separators
 from restore_ext.hf.patches import Patches
 from restore_ext.hf.settings import Settings
+from restore_ext.hf.visible import Blocks
 from restore_ext.hf.vision import Seen, recall, recording, remember
-from restore_ext.rope import rope_decay
+from restore_ext.rope import rope_decays
 
 if TYPE_CHECKING:
     from restore_ext.hf.handle import Handle
@@ -36,6 +38,8 @@ class Call:
     module: nn.Module
     outer: "Call | None"
     unfit: list[str]  # arguments that count tokens of the sequence as it was
+    mask: Any = None  # the attention mask, before the inner model made one of pairs of it
+    blocks: Tensor | None = None  # [B, L], see Family.blocks
     draft: int = 0  # tokens at the end that are no prompt
     is_image: Tensor | None = None  # [B, S] bool
     features: list[Tensor] | None = None  # [N, C] per image
@@ -44,6 +48,7 @@ class Call:
 
 # Per thread and per task: the forward of one thread knows nothing of another's.
 _CALL: ContextVar[Call | None] = ContextVar("restore_ext_call", default=None)
+_VIDEO: ContextVar[bool] = ContextVar("restore_ext_video", default=False)
 
 
 class Hooks:
@@ -54,7 +59,7 @@ class Hooks:
         self.settings = settings
         self.handle = handle
         self._encoded_once = encodes_before_forward(family.model)
-        self._decay: Tensor | None = None
+        self._decays: list[Tensor | None] = []
 
     def install(self, patches: Patches) -> None:
         family = self.family
@@ -66,6 +71,9 @@ class Hooks:
         patches.hook(family.lm, "forward_pre_hook", self._before_lm, with_kwargs=True)
         patches.hook(family.lm, "forward_hook", self._after_lm, with_kwargs=True)
         patches.set(family.inner, "get_image_features", self._watched_features())
+        if hasattr(family.inner, "get_video_features"):
+            videos = _of_videos(family.inner.get_video_features)
+            patches.set(family.inner, "get_video_features", videos)
         for module in family.attentions:
             patches.set(module, "config", NamedConfig(module.config, CALIBRATED))
         watch_generation(patches, family.model, self._refuse_chunks)
@@ -78,15 +86,14 @@ class Hooks:
         @torch.compiler.disable
         @functools.wraps(original)  # generate() asks for its signature
         def get_image_features(*args: Any, **kwargs: Any) -> Any:
-            if not self.handle.enabled:
+            if not self.handle.enabled or _VIDEO.get():
                 return original(*args, **kwargs)
             with recording(self.settings) as record:
                 output = original(*args, **kwargs)
-            features = image_features(output)
-            if features:
+            if image_features(output):
                 inputs = signature.bind(*args, **kwargs).arguments
-                seen = self.family.seen(record, features, inputs)
-                remember(features, seen)
+                features, seen = self.family.images(record, output, inputs)
+                remember(output, seen)
                 call = _CALL.get()
                 if call is not None and call.is_image is not None:
                     call.features, call.seen = features, seen
@@ -102,23 +109,23 @@ class Hooks:
             unfit.append("logits_to_keep")
         input_ids = args[0] if args else kwargs.get("input_ids")
         draft = 0 if input_ids is None else drafted(input_ids.shape[1])
-        _CALL.set(Call(model, _CALL.get(), unfit, draft))
+        _CALL.set(Call(model, _CALL.get(), unfit, draft=draft))
 
     def _before_inner(
         self, inner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        # A generated token may be the image token: only a forward that brings images has any.
-        if not self._brings_images(kwargs) or in_chunks():
-            return
         outer = _CALL.get()
-        call = Call(inner, outer, [])
-        if outer is not None:
-            call.unfit, call.draft = outer.unfit, outer.draft
-        input_ids = args[0] if args else kwargs.get("input_ids")
-        call.is_image = self.family.placeholders(input_ids, kwargs.get("inputs_embeds"))
-        encoded = (kwargs.get("mm_encoder_outputs") or {}).get("image")
-        if encoded is not None:
-            call.features, call.seen = _remembered(encoded)
+        call = Call(inner, outer, [], mask=kwargs.get("attention_mask"))
+        # A generated token may be the image token: only a forward that brings images has any.
+        if self._brings_images(kwargs) and not in_chunks():
+            if outer is not None:
+                call.unfit, call.draft = outer.unfit, outer.draft
+            call.blocks = self.family.blocks(kwargs)
+            input_ids = args[0] if args else kwargs.get("input_ids")
+            call.is_image = self.family.placeholders(input_ids, kwargs.get("inputs_embeds"))
+            encoded = (kwargs.get("mm_encoder_outputs") or {}).get("image")
+            if encoded is not None:
+                call.features, call.seen = _remembered(encoded)
         _CALL.set(call)
 
     def _brings_images(self, inputs: dict[str, Any]) -> bool:
@@ -148,15 +155,15 @@ class Hooks:
         encoded = (inputs.get("mm_encoder_outputs") or {}).get("image")
         if encoded is None:
             encode = self.family.inner.get_image_features
-            names = inspect.signature(encode).parameters
-            encoded = encode(**{n: inputs[n] for n in names if inputs.get(n) is not None})
+            encoded = encode(**encoder_inputs(encode, inputs))
         features, seen = _remembered(encoded)
         if cache is not None and (mask is None or mask.shape[1] == input_ids.shape[1]):
             input_ids = input_ids[:, cache.get_seq_length() :]  # else these are the new ones alone
-        counts = self.family.placeholders(input_ids, None).sum(1).tolist()
-        rows = images_of_rows(counts, [len(image) for image in features])
+        is_image = self.family.placeholders(input_ids, None)
+        rows = images_of_rows(is_image.sum(1).tolist(), [len(image) for image in features])
         once = self._encoded_once
         if seen is not None:
+            features, _ = without_separators(features, seen, rows, is_image)
             reduce_images(features, seen, rows, self.settings, encoded_once=once, refuse=refuse)
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -170,6 +177,8 @@ class Hooks:
         """Shortens what the language model is given; None, and so stock, if there is no need."""
         embeds, cache = kwargs.get("inputs_embeds"), kwargs.get("past_key_values")
         call = _CALL.get()
+        if call is not None and call.module is self.family.inner:
+            kwargs = {**kwargs, "attention_mask": call.mask}
         if call is not None and call.seen is None:
             call = None
         if embeds is None or (call is None and not restored(cache)):
@@ -246,6 +255,7 @@ class Hooks:
         )
         if cut is not None:
             kwargs["inputs_embeds"] = cut.plan.shorten(embeds, cut.tokens)
+            kwargs.update(self.family.shorten(kwargs, cut))
             logical = layers[0].logical if layers else 0
             self.handle.last = cut.report(self.family, embeds.dtype, layers, logical)
 
@@ -264,7 +274,10 @@ class Hooks:
             or [first, *[others] * (len(lm.layers) - 1)],
             query_position=others.position,
             far=far,
-            decay=self._decay_table(reach, embeds.device) if far else None,
+            decays=self._decay_tables(reach, embeds.device) if far else [None] * len(lm.layers),
+            windows=self.family.windows,
+            blocks=_blocks(call, cut, valid),
+            window_cuts_blocks=self.family.window_cuts_blocks,
         )
         kwargs["position_ids"] = positions
         # Of four dimensions: taken for a mask that is ready. Attention makes its own.
@@ -287,24 +300,53 @@ class Hooks:
 
         return restore_cache(cache, len(lm.layers), before, lm.config)
 
-    def _decay_table(self, reach: int, device: torch.device) -> Tensor | None:
-        table = self._decay
-        if table is None or table.shape[1] < reach or table.device != device:
+    def _decay_tables(self, reach: int, device: torch.device) -> list[Tensor | None]:
+        decays = self._decays
+        table = next((decay for decay in decays if decay is not None), None)
+        outdated = table is not None and (table.shape[1] < reach or table.device != device)
+        if not decays or outdated:
             length = -(-reach // _TABLE_STEP) * _TABLE_STEP
-            table = rope_decay(self.family.lm, length)
-            self._decay = table = None if table is None else table.to(device)
-        return table
+            tables = rope_decays(self.family.lm, length)
+            moved = {id(table): table.to(device) for table in tables if table is not None}
+            self._decays = decays = [moved.get(id(table)) for table in tables]
+        return decays
+
+
+def _blocks(call: Call | None, cut: Cut | None, valid: Tensor) -> Blocks | None:
+    """The blocks of the tokens that are left; valid [B, S] is of those that came."""
+    if call is None or call.blocks is None:
+        return None
+    S = valid.shape[1]
+    number = call.blocks.to(valid.device)
+    number = pad(number, (0, max(0, S - number.shape[1])), value=-1)[:, -S:]
+    number[:, S - call.draft :] = -1  # of a draft stock takes the last token's
+    if cut is not None:
+        number = cut.plan.gather(number).masked_fill(~cut.plan.valid, -1)
+    return Blocks.of(number)
+
+
+def _of_videos(original: Callable[..., Any]) -> Callable[..., Any]:
+    """get_video_features(), within which get_image_features() sees no image."""
+
+    @functools.wraps(original)
+    def get_video_features(*args: Any, **kwargs: Any) -> Any:
+        token = _VIDEO.set(True)
+        try:
+            return original(*args, **kwargs)
+        finally:
+            _VIDEO.reset(token)
+
+    return get_video_features
 
 
 def _remembered(encoded: Any) -> tuple[list[Tensor], Seen | None]:
     """The features in what get_image_features() returned, and what was seen beside them; None if
     there are no features."""
-    features = image_features(encoded)
-    seen = recall(features)
+    features, seen = image_features(encoded), recall(encoded)
     if features and seen is None:
         raise NotImplementedError(
             "mm_encoder_outputs must come whole from get_image_features() of this model, attached "
             "and enabled; got features of elsewhere (accelerate copies them where the vision tower "
             "is on another device than the inputs)"
         )
-    return features, seen
+    return features if seen is None else seen.split(features), seen

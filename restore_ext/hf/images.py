@@ -49,6 +49,36 @@ def originals(rows: Sequence[Sequence[int]], copies: int) -> list[int]:
     return numbers
 
 
+def without_separators(
+    features: list[Tensor], seen: Seen, rows: Sequence[Sequence[int]], is_image: Tensor
+) -> tuple[list[Tensor], Tensor]:
+    """The features [N, C] of each image, and where they go [B, S], less those that separate (the
+    newlines of LLaVA-NeXT): to the plan they are text."""
+    if seen.visual is None:
+        return features, is_image
+    number = originals(rows, len(features) // seen.images)
+    visual = [seen.visual[image] for image in number]
+    marks = [
+        torch.zeros(len(image), dtype=torch.bool, device=image.device).index_fill(0, rest, True)
+        for image, rest in zip(features, visual, strict=True)
+    ]
+    left = [image[rest] for image, rest in zip(features, visual, strict=True)]
+    return left, is_image.masked_scatter(is_image, torch.cat(marks).to(is_image.device))
+
+
+def merge_images(reductions: Sequence[Reduction], features: Tensor) -> Tensor:
+    """Other features [sum of N, C] of the images' tokens by the same groups: [sum of n, C]."""
+    merged = []
+    for reduction, rows in zip(
+        reductions, features.split([r.group.shape[1] for r in reductions]), strict=True
+    ):
+        batch = _stack([rows])
+        fields = (getattr(reduction, field.name) for field in dataclasses.fields(reduction))
+        there = Reduction(*(tensor.to(batch.device) for tensor in fields))
+        merged.append(there.merge(batch)[0].to(rows))
+    return torch.cat(merged)
+
+
 @profiling.range("select_images")
 def reduce_images(
     features: Sequence[Tensor],

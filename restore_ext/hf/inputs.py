@@ -11,8 +11,8 @@ from torch import Tensor
 from restore_ext.hf.attention import NamedConfig
 from restore_ext.hf.compat import (
     GENERATE_CARRIES_POSITIONS,
+    encoder_inputs,
     generation_positions,
-    image_features,
 )
 from restore_ext.hf.cut import Cut, cut_sequence, new_side
 from restore_ext.hf.families import Family, find_family
@@ -161,36 +161,41 @@ def prepare_inputs(
         raise NotImplementedError("pixel_values_videos cannot be prepared: use attach()")
     settings = family.fit(settings)
     family.require(settings)
+    family.require_prepared(settings)
 
     given = {"input_ids": input_ids, "attention_mask": attention_mask, **images}
     tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
     cut = None
     if "pixel_values" in tensors:
-        cut, position_ids = _cut(family, settings, tensors)
+        cut, position_ids, embeds = _cut(family, settings, tensors)
     if cut is None:
         return PreparedInputs(tensors, family, None, None)
-    return _prepared(family, settings, cut, position_ids, tensors)
+    return _prepared(family, settings, cut, position_ids, embeds, tensors)
 
 
 def _cut(
     family: Family, settings: Settings, tensors: dict[str, Tensor]
-) -> tuple[Cut | None, Tensor]:
+) -> tuple[Cut | None, Tensor, Tensor]:
+    """The cut, if there is one, the positions, and the embeddings with the images' features."""
     input_ids = tensors["input_ids"]
     mask = tensors.get("attention_mask", torch.ones_like(input_ids))
     others = {n: x for n, x in tensors.items() if n not in ("input_ids", "attention_mask")}
     position_ids = generation_positions(family.model, input_ids, {"attention_mask": mask, **others})
     features, seen = _encode(family, settings, others)
+    is_image = family.placeholders(input_ids, None)
+    embeds = family.model.get_input_embeddings()(input_ids)
     cut = cut_sequence(
         features,
         seen,
         settings,
-        is_image=family.placeholders(input_ids, None),
+        is_image=is_image,
         valid=mask.bool(),
         positions=position_ids,
         encoded_once=True,
         refuse=lambda: None,
     )
-    return cut, position_ids
+    embeds = embeds.masked_scatter(is_image[..., None], torch.cat(features).to(embeds))
+    return cut, position_ids, embeds
 
 
 def _encode(
@@ -198,16 +203,15 @@ def _encode(
 ) -> tuple[list[Tensor], Seen]:
     # The class's own: the instance's may be that of attach(), which watches for its own method.
     encode = type(family.inner).get_image_features
-    names = inspect.signature(encode).parameters
-    inputs = {name: tensor for name, tensor in tensors.items() if name in names}
+    inputs = encoder_inputs(encode, tensors)
     patches = Patches()
     try:
         family.install(patches, settings)
         with recording(settings) as record:
-            features = image_features(encode(family.inner, **inputs, return_dict=True))
+            output = encode(family.inner, **inputs, return_dict=True)
     finally:
         patches.undo()
-    return features, family.seen(record, features, inputs)
+    return family.images(record, output, inputs)
 
 
 def _prepared(
@@ -215,12 +219,12 @@ def _prepared(
     settings: Settings,
     cut: Cut,
     position_ids: Tensor,
+    embeds: Tensor,
     tensors: dict[str, Tensor],
 ) -> PreparedInputs:
     plan, input_ids = cut.plan, tensors["input_ids"]
     valid = tensors.get("attention_mask", torch.ones_like(input_ids)).bool()
     first, others, position_ids = new_side(cut, position_ids, valid, None, settings, family.axes)
-    embeds = family.model.get_input_embeddings()(input_ids)
     decay = later = None
     if settings.distance:
         # Generated tokens go on to where the model ends; a compiled step cannot grow a table.

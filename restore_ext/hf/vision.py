@@ -1,6 +1,8 @@
 """What a reduction needs to know of the images, seen while the vision tower runs as ever."""
 
-from collections.abc import Iterator
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -9,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
+from transformers.utils import ModelOutput
 
 from restore_ext.hf.attention import MASK_NEEDS, NamedConfig, stock_attention
 from restore_ext.hf.patches import Patches
@@ -23,13 +26,50 @@ _ATTRIBUTE = "restore_ext_seen"
 
 @dataclass
 class Seen:
-    """Beside the features of a batch of images: importance, and what methods may compare."""
+    """Beside the features of a batch of images: importance, and what methods may compare, of those
+    that are no separators."""
 
     images: int
     scores: list[Tensor] | None = None  # [N] float32 per image
     metric: list[Tensor] | None = None  # [N, Cm] per image; None: the features themselves
+    visual: list[Tensor] | None = None  # [n] int64 per image, rising: its features but separators
+    per_image: int | None = None  # features of an image, where several are in one tensor
     reduced: tuple[Any, list[Reduction]] | None = None  # what came of it, and with which settings
     by_tower: bool = False  # the tower reduced them: there is nothing more to make of the features
+
+    def split(self, features: list[Tensor]) -> list[Tensor]:
+        """The features [N, C] image by image."""
+        if self.per_image is None:
+            return features
+        return [image for row in features if len(row) for image in row.split(self.per_image)]
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How a model made one list of features of each image's tiles, by pack_image_features()."""
+
+    tiles: list[int]  # of each image
+    tokens: int  # of a tile
+    pack: Callable[..., tuple[list[Tensor], Any]]
+    arguments: dict[str, Any]
+
+    def __call__(self, rows: Tensor) -> list[Tensor]:
+        """Packs what tiles [sum of tiles, tokens, C] have: [n, C] of each image, zeros where
+        it put a newline."""
+        newline = rows.new_zeros(rows.shape[-1])
+        arguments = {**self.arguments, "image_newline": newline}
+        return self.pack(rows.split(self.tiles), **arguments)[0]
+
+    @functools.cached_property
+    def visual(self) -> list[Tensor]:
+        """The indices [n] int64, on the CPU, of each image's features that are no newlines."""
+        marks = self(torch.ones(sum(self.tiles), self.tokens, 1))
+        return [image[:, 0].nonzero()[:, 0] for image in marks]
+
+    def without_newlines(self, rows: Tensor) -> list[Tensor]:
+        """Packs, and leaves the newlines out."""
+        pairs = zip(self(rows), self.visual, strict=True)
+        return [image[index.to(image.device)] for image, index in pairs]
 
 
 @dataclass
@@ -40,6 +80,7 @@ class Record:
     attention: list[Tensor] = field(default_factory=list)  # [B, N] scores, call by call
     keys: list[Tensor] = field(default_factory=list)  # [B, N, D] of the scored tokens, likewise
     tower: Tensor | None = None  # the projector's input
+    packing: Packing | None = None
     joined: Tensor | None = None  # [B, N] int64, the token each patch joined in the tower
     left: int = 0  # how many tokens those are
     merging: Any = None  # what tower_tome.py knows of the tokens on their way
@@ -66,7 +107,7 @@ def recorded(settings: Settings) -> Record | None:
 
 
 def watch_attention(patches: Patches, module: nn.Module, score: Any) -> None:
-    """Records score(query, key, scaling) of every call of a vision attention module."""
+    """Records score(query, key, scaling, mask) of every call of a vision attention module."""
     rename_attention(patches, module, WATCHED, score)
 
 
@@ -95,6 +136,23 @@ def watch_projector(patches: Patches, projector: nn.Module) -> None:
     patches.hook(projector, "forward_pre_hook", note)
 
 
+def watch_packing(patches: Patches, inner: nn.Module) -> None:
+    """Records how the tiles of images are packed."""
+    original: Any = inner.pack_image_features
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def pack_image_features(image_features: Sequence[Tensor], *args: Any, **kwargs: Any) -> Any:
+        if (record := _RECORD.get()) is not None:
+            arguments = signature.bind(image_features, *args, **kwargs).arguments
+            del arguments["image_features"]
+            tiles = [len(image) for image in image_features]
+            record.packing = Packing(tiles, image_features[0].shape[1], original, arguments)
+        return original(image_features, *args, **kwargs)
+
+    patches.set(inner, "pack_image_features", pack_image_features)
+
+
 def watched(
     module: Any,
     query: Tensor,
@@ -110,42 +168,70 @@ def watched(
         scaling = kwargs.get("scaling")
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         with torch.no_grad():
-            scores = module.config.state(query.float(), key.float(), scale)
+            scores = module.config.state(query.float(), key.float(), scale, attention_mask)
             record.attention.append(scores)
             if record.settings.chosen.metric == KEYS:
                 record.keys.append(key.float().mean(1)[:, -scores.shape[1] :])
     return stock_attention(module, query, key, value, attention_mask, **kwargs)
 
 
-def cls_attention(query: Tensor, key: Tensor, scale: float) -> Tensor:
+def cls_attention(query: Tensor, key: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
     """The CLS token's attention to the others, averaged over heads: [B, H, N+1, D] to [B, N]."""
-    share = (query[:, :, :1] @ key.mT * scale).softmax(-1)
+    share = _masked(query[:, :, :1] @ key.mT * scale, mask, 0).softmax(-1)
     return share[:, :, 0, 1:].mean(1)
 
 
-def received_attention(query: Tensor, key: Tensor, scale: float) -> Tensor:
-    """What every token gets, averaged over heads and queries: [B, H, N, D] to [B, N]."""
+def received_attention(
+    query: Tensor, key: Tensor, scale: float, mask: Tensor | None = None
+) -> Tensor:
+    """What every token gets, averaged over heads and over the queries that see it: [B, H, N, D] to
+    [B, N].
+
+    mask  [B or 1, 1, N or 1, N], bool or what is added to the logits: the images of one sequence do
+          not see each other
+    """
+    N = query.shape[2]
     total = query.new_zeros(key.shape[:3])
-    for some in query.split(_CHUNK, dim=2):
-        total += (some @ key.mT * scale).softmax(-1).sum(2)
-    return total.mean(1) / query.shape[2]
+    for first in range(0, N, _CHUNK):
+        logits = query[:, :, first : first + _CHUNK] @ key.mT * scale
+        total += _masked(logits, mask, first).softmax(-1).sum(2)
+    if mask is None:
+        return total.mean(1) / N
+    return total.mean(1) / _allowed(mask).expand(-1, 1, N, -1).sum((1, 2)).clamp(min=1)
 
 
-def received_from_all(query: Tensor, key: Tensor, scale: float) -> Tensor:
+def received_from_all(
+    query: Tensor, key: Tensor, scale: float, mask: Tensor | None = None
+) -> Tensor:
     """What every token but the CLS token gets, its attention among them: [B, H, N+1, D] to
     [B, N]."""
-    return received_attention(query, key, scale)[:, 1:]
+    return received_attention(query, key, scale, mask)[:, 1:]
 
 
-def remember(features: list[Tensor], seen: Seen) -> None:
-    """Ties `seen` to the features. generate() may encode long before the forward and repeat the
-    list for its beams, but hands on the same tensors."""
-    if features:
-        setattr(features[0], _ATTRIBUTE, seen)
+def _allowed(mask: Tensor) -> Tensor:
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
-def recall(features: list[Tensor]) -> Seen | None:
-    return getattr(features[0], _ATTRIBUTE, None) if features else None
+def _masked(logits: Tensor, mask: Tensor | None, first: int) -> Tensor:
+    """Logits [B, H, T, N] of the queries from `first` on, with the mask."""
+    if mask is None:
+        return logits
+    if mask.shape[2] > 1:
+        mask = mask[:, :, first : first + logits.shape[2]]
+    if mask.dtype != torch.bool:
+        logits = logits + mask
+    return logits.masked_fill(~_allowed(mask), torch.finfo(logits.dtype).min)
+
+
+def remember(output: Any, seen: Seen) -> None:
+    """Ties `seen` to what get_image_features() returned. From 5.18 on generate() may encode long
+    before the forward, and repeat the features for its beams, but hands on the same object."""
+    if isinstance(output, ModelOutput):
+        setattr(output, _ATTRIBUTE, seen)
+
+
+def recall(output: Any) -> Seen | None:
+    return getattr(output, _ATTRIBUTE, None)
 
 
 AttentionInterface.register(WATCHED, watched)

@@ -1,21 +1,26 @@
 """What the hook asks of a family of models."""
 
 import dataclasses
+import inspect
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from restore_ext import checks, profiling
 from restore_ext.hf.attention import PREPARED, require_mask_attention
+from restore_ext.hf.compat import image_features
 from restore_ext.hf.patches import Patches
 from restore_ext.hf.settings import Settings
 from restore_ext.hf.vision import Record, Seen
 from restore_ext.methods.problem import PROJECTED
 from restore_ext.rope import rope_decay
+
+if TYPE_CHECKING:
+    from restore_ext.hf.cut import Cut
 
 OP_HEAD_SIZES = range(32, 257, 8)
 
@@ -27,11 +32,17 @@ class Family(ABC):
     name: ClassVar[str]
     model_class: ClassVar[str]
     axes: ClassVar[int]  # of a position: 1, or 3 for M-RoPE
+    # Words of the table in docs/families.md:
+    models: ClassVar[str]  # checkpoints of this class
+    scores_from: ClassVar[str]  # the attention that methods with scores read
+    notes: ClassVar[str] = ""
+
+    lm_name: ClassVar[str] = "language_model"  # of the inner model
 
     def __init__(self, model: Any) -> None:
         self.model = model
         self.inner = model.model
-        self.lm = model.model.language_model
+        self.lm = getattr(model.model, self.lm_name)
 
     @property
     def attentions(self) -> list[Any]:
@@ -57,6 +68,30 @@ class Family(ABC):
         head_size = getattr(config, "head_dim", None)
         return head_size or config.hidden_size // config.num_attention_heads
 
+    @property
+    def windows(self) -> list[int | None]:
+        """Per layer, how many positions back it sees, the query's own included; None: all."""
+        config = self.lm.config
+        window = getattr(config, "sliding_window", None)
+        if not getattr(config, "use_sliding_window", True):
+            window = None
+        kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * len(self.lm.layers)
+        return [window if kind == "sliding_attention" else None for kind in kinds]
+
+    def blocks(self, inputs: dict[str, Any]) -> Tensor | None:
+        """[B, L] int64: neighbours of one number see each other, forward too; -1 sees no further
+        than itself. From the inner model's arguments; None where all is causal."""
+        return None
+
+    @property
+    def window_cuts_blocks(self) -> bool:
+        """Whether a sliding window holds within a block too."""
+        return False
+
+    def shorten(self, inputs: dict[str, Any], cut: "Cut") -> dict[str, Any]:
+        """What else of the language model's arguments counts tokens, as it is after a cut."""
+        return {}
+
     def placeholders(self, input_ids: Tensor | None, embeds: Tensor | None) -> Tensor:
         """[B, S] bool: where image features go. Separators around them are text."""
         if input_ids is not None:
@@ -79,37 +114,56 @@ class Family(ABC):
             return f"the op needs float32, bfloat16 or float16, the model is in {self.lm.dtype}"
         if self._head_size not in OP_HEAD_SIZES:
             return f"the op needs a head size of 32 to 256 in steps of 8, got {self._head_size}"
+        if any(hasattr(module, "sinks") for module in self.attentions):
+            return "the op has no attention sinks"
         devices = dict.fromkeys(parameter.device for parameter in self.model.parameters())
         return next(filter(None, map(checks.why_no_kernels, devices)), None)
 
     def require(self, settings: Settings) -> None:
         """Raises for a model the hook cannot serve with these settings."""
-        config = self.lm.config
-        kinds = getattr(config, "layer_types", None) or []
-        windowed = getattr(config, "sliding_window", None) is not None
-        windowed = windowed and getattr(config, "use_sliding_window", True)
-        if any(kind != "full_attention" for kind in kinds) or (windowed and not kinds):
+        kinds = set(getattr(self.lm.config, "layer_types", None) or [])
+        if unknown := kinds - {"full_attention", "sliding_attention"}:
             raise NotImplementedError(
-                "model: the language model must have full attention in every layer, got "
-                f"layer_types {sorted(set(kinds)) or 'sliding_attention'} (sliding_window "
-                f"{getattr(config, 'sliding_window', None)})"
+                "model: every layer of the language model must have full or sliding attention, got "
+                f"layer_types {sorted(unknown)}"
             )
-        if settings.distance:
-            try:
-                rope_decay(self.lm, 1)
-            except ValueError as error:  # no layer was named, and they differ
-                raise NotImplementedError(
-                    "model: the distance term needs the same RoPE in every layer, got a "
-                    f"{type(self.lm).__name__} whose layers differ in theirs; use calibrate='size'"
-                ) from error
+        if self.axes > 1 and any(self.windows):
+            raise NotImplementedError(
+                "model: with M-RoPE every layer of the language model must have full attention: a "
+                f"sliding window counts tokens, not positions; got sliding_window {self.windows}"
+            )
         if settings.backend == "mask":
-            require_mask_attention(config._attn_implementation)
+            require_mask_attention(self.lm.config._attn_implementation)
         self.require_free()
         trial = Patches()
         try:
             self.install(trial, settings)
         finally:
             trial.undo()
+
+    def require_prepared(self, settings: Settings) -> None:
+        """Raises for a model that prepare_inputs() cannot serve and attach() can."""
+        forwarded = inspect.signature(self.model.prepare_inputs_for_generation).parameters
+        if "inputs_embeds" not in forwarded:
+            raise NotImplementedError(
+                f"model: generate() of a {type(self.model).__name__} takes no embeddings, which is "
+                "what prepare_inputs() makes; use attach()"
+            )
+        if any(self.windows):
+            raise NotImplementedError(
+                "model: prepare_inputs() needs full attention in every layer, for generate() would "
+                "count a sliding window in what is left of the prompt, got sliding_window "
+                f"{self.windows}; use attach()"
+            )
+        if settings.distance:
+            try:
+                rope_decay(self.lm, 1)
+            except ValueError as error:  # no layer was named, and they differ
+                raise NotImplementedError(
+                    "model: prepare_inputs() has one distance term, which needs the same RoPE in "
+                    f"every layer, got a {type(self.lm).__name__} whose layers differ in theirs; "
+                    "use attach() or calibrate='size'"
+                ) from error
 
     def require_free(self) -> None:
         """Raises inside a `with` block of prepare_inputs(), whose patches lie on top."""
@@ -141,21 +195,44 @@ class Family(ABC):
 
         tokens of each image; inputs are those of get_image_features()"""
 
+    def metric(self, record: Record) -> Tensor:
+        """The tower's features [sum of tokens, Cm] from a record."""
+        assert record.tower is not None
+        return record.tower.flatten(0, -2)
+
+    def visual(self, record: Record) -> list[Tensor] | None:
+        """Per image, the rising indices [n] int64, on any device, of its features that are no
+        separators; None if none ever is."""
+        return None
+
+    def per_image(self, inputs: dict[str, Any]) -> int | None:
+        """The features of an image, where get_image_features() returns them row by row."""
+        return None
+
     @profiling.range("score_images")
-    def seen(self, record: Record, features: Sequence[Tensor], inputs: dict[str, Any]) -> Seen:
-        """What a record says of the features that get_image_features(**inputs) returned."""
-        tokens = [len(image) for image in features]
-        seen = Seen(len(tokens))
+    def images(
+        self, record: Record, output: Any, inputs: dict[str, Any]
+    ) -> tuple[list[Tensor], Seen]:
+        """The features [N, C] of each image, separators included, in what
+        get_image_features(**inputs) returned, and what a record says of the others."""
+        features = image_features(output)
+        seen = Seen(len(features), per_image=self.per_image(inputs))
+        features = seen.split(features)
+        seen.images = len(features)
+        visual = self.visual(record)
+        if visual is not None:
+            seen.visual = [index.to(features[0].device) for index in visual]
         if record.reduced:
             seen.reduced, seen.by_tower = (record.settings, record.reduced), True
+        tokens = [len(image) for image in seen.visual or features]
         if record.attention:
             seen.scores = _split(self.scores(record, tokens, inputs), tokens)
         if record.keys:
             keys = dataclasses.replace(record, attention=record.keys)
             seen.metric = _split(self.scores(keys, tokens, inputs), tokens)
         if record.tower is not None:
-            seen.metric = _split(record.tower.flatten(0, -2), tokens)
-        return seen
+            seen.metric = _split(self.metric(record), tokens)
+        return features, seen
 
 
 def _split(rows: Tensor, tokens: Sequence[int]) -> list[Tensor]:

@@ -6,13 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from restore_ext.hf.families.family import Family
-from restore_ext.hf.patches import Patches
-from restore_ext.hf.settings import Settings
-from restore_ext.hf.vision import Record, received_attention, watch_attention
+from restore_ext.hf.families.qwen2_vl import Qwen2VL
+from restore_ext.hf.vision import Record
 
 
-class Qwen2_5_VL(Family):
+class Qwen2_5_VL(Qwen2VL):
     """There is no CLS token: scores are the attention a patch receives in the last block of full
     attention, averaged over heads and queries of its image, and over the patches that merge into
     one token; keys likewise. Methods that do not ask for keys compare the merged features. Videos
@@ -20,23 +18,12 @@ class Qwen2_5_VL(Family):
 
     name = "qwen2_5_vl"
     model_class = "Qwen2_5_VLForConditionalGeneration"
-    axes = 3
-
-    def watch(self, patches: Patches, settings: Settings) -> None:
-        if not settings.needs_scores:
-            return
-        full = self.inner.visual.fullatt_block_indexes
-        if not full:
-            raise ValueError(
-                "method: vision_config.fullatt_block_indexes is empty, so there are no scores; "
-                "choose a method that needs none"
-            )
-        watch_attention(patches, self.inner.visual.blocks[max(full)].attn, received_attention)
+    models = "Qwen2.5-VL"
+    scores_from = "received, in the last block of full attention"
 
     def scores(self, record: Record, tokens: Sequence[int], inputs: dict[str, Any]) -> Tensor:
+        merged = super().scores(record, tokens, inputs)
         visual = self.inner.visual
-        patches = torch.cat([call[0] for call in record.attention])  # frame after frame
-        merged = patches.unflatten(0, (-1, visual.spatial_merge_unit)).mean(1)
         merge = visual.spatial_merge_size
         side = visual.window_size // merge // visual.patch_size
         scores, first = torch.empty_like(merged), 0
@@ -46,6 +33,15 @@ class Qwen2_5_VL(Family):
             scores[order] = merged[first : first + len(order)]
             first += len(order)
         return scores
+
+    def _scored_block(self) -> Any:
+        full = self.inner.visual.fullatt_block_indexes
+        if not full:
+            raise ValueError(
+                "method: vision_config.fullatt_block_indexes is empty, so there are no scores; "
+                "choose a method that needs none"
+            )
+        return self.inner.visual.blocks[max(full)]
 
 
 def window_order(frames: int, height: int, width: int, side: int) -> Tensor:

@@ -1,0 +1,70 @@
+"""What the tests of the families share: models built once, and what they should say."""
+
+from functools import cache
+
+import torch
+from dense import Dense
+from hf_harness import answers, assert_close, generate, logits
+from naive import Setting
+
+from restore_ext.testing.models import RAGGED, Picture, join_rows, make_inputs, tiny_model
+
+MROPE = ("qwen2_vl", "qwen3_vl", "glm4v")
+MASKS = ("paligemma", "paligemma2", "gemma3", "aya_vision")
+TOLERANCE = 1e-4  # of the largest logit: the layers of some are worth ten roundings of others
+
+# Rows for every family: several images, ragged, text longer than a window before and behind.
+ROWS = [*RAGGED, (3, Picture(8, 8), 15)]
+
+
+@cache
+def model(family: str):
+    """The model that tests attach to, one after the other; nothing is attached between them."""
+    softcap = family == "paligemma2"  # which sdpa does not know
+    return tiny_model(family, attn="eager" if softcap else "sdpa")
+
+
+@cache
+def dense(family: str) -> Dense:
+    return Dense(model(family))
+
+
+def row_inputs(family: str, rows: list) -> list[dict]:
+    """The inputs of each row on its own."""
+    return [make_inputs(family, [row], seed=i) for i, row in enumerate(rows)]
+
+
+def assert_generates_dense(
+    family: str, handle, rows: list = ROWS, copies: int = 1, **setting
+) -> dict:
+    """generate() on the rows as a batch has the logits of the reference, row by row.
+
+    copies  how many answers of each row there are: `num_return_sequences`
+
+    returns  the batch
+    """
+    alone = row_inputs(family, rows)
+    inputs = join_rows(alone)
+    options = {"num_return_sequences": copies, "do_sample": True, "top_k": 20} if copies > 1 else {}
+    out = generate(model(family), inputs, **options)
+    assert handle.last.plan.valid.shape[1] < inputs["input_ids"].shape[1]
+    tokens = answers(out, inputs)
+    for row in range(len(rows) * copies):
+        full = dense(family).prompt(alone[row // copies])
+        want = dense(family).logits(
+            full, handle.last.plan, row, tokens[row].tolist(), Setting(**setting)
+        )
+        assert_close(logits(out)[row], want, TOLERANCE)
+    return inputs
+
+
+@torch.no_grad()
+def assert_same_bits(family: str, inputs: dict, want: list[torch.Tensor]) -> None:
+    """The model says the very bits of before, in a forward and in generate()."""
+    for got, before in zip(said(family, inputs), want, strict=True):
+        assert torch.equal(got, before)
+
+
+@torch.no_grad()
+def said(family: str, inputs: dict) -> list[torch.Tensor]:
+    return [model(family)(**inputs).logits, logits(generate(model(family), inputs))]

@@ -1,0 +1,50 @@
+"""The page of the families: what each adapter says of itself."""
+
+from collections.abc import Sequence
+
+from restore_ext.hf.families import FAMILIES, REFUSED
+
+_PAGE = """# Model families
+
+Written from the adapters by `python -m restore_ext.hf.families > docs/families.md`;
+`restore_ext.list_families()` has the names. A model is known by its class in transformers (4.57.6
+or later).
+
+{families}
+
+- *Scores* is the attention that a method with scores reads, averaged over heads: the CLS token's,
+  where the tower has one; else what a token receives, averaged over the queries of its image.
+- *M-RoPE* models keep the positions of their tokens whatever the method: `positions="reindex"` is
+  refused.
+- Separators that are tokens of the text (row breaks, image start and end) are left alone.
+
+## Refused
+
+{refused}
+
+Every other class raises TypeError with the list of those above."""
+
+
+def page() -> str:
+    """docs/families.md, without the last line break."""
+    families = [
+        (
+            f"`{family.name}`",
+            f"`{family.model_class}`",
+            family.models,
+            "RoPE" if family.axes == 1 else "M-RoPE",
+            family.scores_from,
+            family.notes,
+        )
+        for family in FAMILIES
+    ]
+    refused = [(f"`{name}`", reason) for name, reason in REFUSED.items()]
+    return _PAGE.format(
+        families=_table(("name", "class", "models", "positions", "scores", "notes"), families),
+        refused=_table(("class", "why"), refused),
+    )
+
+
+def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "\n".join(f"| {' | '.join(line)} |".replace("|  |", "| |") for line in lines)
