@@ -28,6 +28,27 @@ class Prompt:
     allowed: list[Tensor] = field(default_factory=list)  # [S, S] bool, per layer
 
 
+@dataclass
+class Now:
+    """The sequence as some layer has it."""
+
+    source: Tensor  # [T] which of the prompt's tokens are left
+    position: Tensor  # [G, T + new]
+    size: Tensor  # [T + new]
+    reduced: bool
+
+    def cut(self, cut, x: Tensor) -> tuple[Tensor, list[int]]:
+        T, L = len(self.source), len(self.size)
+        tail = list(range(T, L))
+        members, left = [*cut.members, *([i] for i in tail)], [*cut.source, *tail]
+        weight = [self.size[m] / self.size[m].sum() for m in members]
+        x = torch.stack([w @ x[0, m] for w, m in zip(weight, members, strict=True)])[None]
+        self.size = torch.stack([self.size[m].sum() for m in members])
+        self.source, self.position = self.source[cut.source], self.position[:, left]
+        self.reduced = True
+        return x, left
+
+
 class Dense:
     """A model, and its language model's decoder layers with their attention masks replaced."""
 
@@ -71,10 +92,10 @@ class Dense:
 
     @torch.no_grad()
     def logits(
-        self, full: Prompt, plan, row: int, generated: list[int], setting: Setting
+        self, full: Prompt, plan, row: int, generated: list[int], setting: Setting, cuts=()
     ) -> Tensor:
         """[len(generated), V]: what predicts each of the generated tokens, the prompt reduced by a
-        row of a plan."""
+        row of a plan, and then by the cuts (naive_stages.Cut) of that row."""
         padding = plan.assign.shape[1] - len(full.embeds)
         assign = plan.assign[row, padding:]
         columns = plan.valid[row].nonzero().flatten().tolist()
@@ -104,26 +125,34 @@ class Dense:
 
         size = torch.tensor([float(len(m)) for m in members] + [1.0] * new).double()
         uniform = torch.cat([plan.uniform[row, columns], torch.ones(new)]).double()
-        distant = torch.full((T + new,), setting.distance and reduced)
-        distant[T:] &= setting.decode_distance
+        now = Now(source, position, size, reduced)
 
         def bias(layer: int, cos: Tensor, sin: Tensor) -> Tensor:
-            total = torch.zeros(T + new, T + new, dtype=torch.float64)
+            L = len(now.size)
+            distant = torch.full((L,), setting.distance and now.reduced)
+            distant[L - new :] &= setting.decode_distance
+            total = torch.zeros(L, L, dtype=torch.float64)
             if setting.size:
-                total += (uniform if layer == 0 and setting.uniform_first else size).log()
+                total += (uniform if layer == 0 and setting.uniform_first else now.size).log()
             cosine = (cos @ cos.T + sin @ sin.T) / cos.shape[-1]
             total += torch.where(distant[:, None], (2 - cosine).log(), 0)
-            prompt = [sees[source][:, source] for sees in full.allowed]
-            sees = self._sees(layer, position, prompt, setting.reindex)
+            prompt = [sees[now.source][:, now.source] for sees in full.allowed]
+            sees = self._sees(layer, now.position, prompt, setting.reindex)
             return total.masked_fill(~sees, torch.finfo(total.dtype).min)
 
-        with self._biased(bias):
+        def shorten(layer: int, x: Tensor) -> tuple[Tensor, list[int] | None]:
+            for cut in cuts:
+                if cut.layer == layer and len(cut.members) < len(now.source):
+                    return now.cut(cut, x)
+            return x, None
+
+        with self._biased(bias, shorten):
             kwargs = {"position_ids": position[:, None] if len(position) > 1 else position}
             kwargs["attention_mask"] = torch.ones(1, T + new, dtype=torch.long)  # not "packed"
             if visual is not None:
                 kwargs |= dict(zip(VISUAL, (visual[None], added), strict=True))
             out = self.lm(inputs_embeds=embeds[None], use_cache=False, **kwargs)
-        return self.model.lm_head(out.last_hidden_state[0, T - 1 :])
+        return self.model.lm_head(out.last_hidden_state[0, len(now.source) - 1 :])
 
     def _sees(self, layer: int, position: Tensor, prompt: list[Tensor], reindexed: bool) -> Tensor:
         """[T + new, T + new] bool: tokens of the prompt see what they saw in stock, the answer what
@@ -148,11 +177,21 @@ class Dense:
         return self.lm.config.sliding_window if sliding else None
 
     @contextmanager
-    def _biased(self, bias):
-        """Gives every layer its own mask, bias(layer, cos, sin) [L, L]."""
+    def _biased(self, bias, shorten):
+        """Gives every layer its own mask, bias(layer, cos, sin) [L, L], and the tokens that are
+        left, shorten(layer, x) -> (x [1, L, C], which those are)."""
+        kept: list[list[int]] = []
 
         def hook(layer: int):
             def replace(module, args, kwargs):
+                x, left = shorten(layer, args[0])
+                kept.extend([left] if left is not None else [])
+                for name, value in kwargs.items():
+                    if name.startswith("position_embeddings") and value is not None:
+                        for left in kept:
+                            value = tuple(each[..., left, :] for each in value)
+                        kwargs = {**kwargs, name: value}
+                args = (x, *args[1:])
                 cos, sin = self._turns(module, args, kwargs)
                 return args, {**kwargs, "attention_mask": bias(layer, cos, sin)[None, None]}
 

@@ -7,6 +7,7 @@ from dense import Dense
 from hf_harness import answers, assert_close, generate, logits
 from naive import Setting
 
+from restore_ext.hf.families import find_family
 from restore_ext.testing.models import RAGGED, Picture, join_rows, make_inputs, tiny_model
 
 MROPE = ("qwen2_vl", "qwen3_vl", "glm4v")
@@ -26,7 +27,7 @@ def model(family: str):
 
 @cache
 def dense(family: str) -> Dense:
-    return Dense(model(family))
+    return Dense(model(family), find_family(model(family)).lm_name)
 
 
 def row_inputs(family: str, rows: list) -> list[dict]:

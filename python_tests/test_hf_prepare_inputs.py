@@ -319,6 +319,12 @@ def test_a_model_without_rope_has_no_distance_term(backend):
     assert torch.equal(far, near)
 
 
+def test_prepare_inputs_leaves_the_language_model_alone():
+    model, inputs = tiny_model("llava"), make_inputs("llava")
+    with pytest.raises(NotImplementedError, match="'fastv' works inside the language model"):
+        restore_ext.prepare_inputs(model, **inputs, method="fastv", keep=5)
+
+
 @pytest.mark.parametrize("family", PREPARED)
 def test_every_family_says_what_it_says_attached(family):
     inputs = make_inputs(family, TWO_IMAGES if family.endswith("several") else RAGGED)

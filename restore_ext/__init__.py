@@ -20,7 +20,7 @@ from restore_ext.reduction import Reduction
 from restore_ext.rope import rope_decay
 
 if TYPE_CHECKING:
-    from restore_ext.hf import attach, list_families, prepare_inputs
+    from restore_ext.hf import attach, find_withdrawal_layer, list_families, prepare_inputs
 
 __version__ = "0.1.0"
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "attach",
     "calibrated_attention",
     "calibrated_attention_paged",
+    "find_withdrawal_layer",
     "list_families",
     "list_methods",
     "match_bipartite",
@@ -46,7 +47,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # The hook needs transformers, the rest of the package does not.
-    if name in ("attach", "list_families", "prepare_inputs"):
+    if name in ("attach", "find_withdrawal_layer", "list_families", "prepare_inputs"):
         from restore_ext import hf
 
         return getattr(hf, name)

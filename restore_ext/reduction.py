@@ -91,10 +91,11 @@ class Reduction:
     def of_groups(
         features: Tensor, group: Tensor, num_groups: int, size: Tensor, kept: Tensor
     ) -> "Reduction":
-        """Merges features [B, N, C] by group [B, N]; none is empty, a kept one has one member."""
+        """Merges features [B, N, C] by group [B, N]; a kept one has one member, an empty one is
+        padding."""
         tokens, merged_size, position = merge_groups(features, group, num_groups, size)
         # w * x / w is not always x; what is kept is not computed.
-        tokens = torch.where(kept[..., None], take(features, position), tokens)
+        tokens = torch.where(kept[..., None], take(features, position.clamp(min=0)), tokens)
         return _in_order(tokens, merged_size, position, group, kept)
 
     @staticmethod

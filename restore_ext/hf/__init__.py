@@ -5,7 +5,8 @@ from restore_ext.hf.families import list_families
 from restore_ext.hf.handle import Handle, attach
 from restore_ext.hf.inputs import PreparedInputs, prepare_inputs
 from restore_ext.hf.plan import SequencePlan
-from restore_ext.hf.report import ImageReport, LayerReport, Report
+from restore_ext.hf.report import ImageReport, LayerReport, Report, StageReport
+from restore_ext.hf.withdrawal import find_withdrawal_layer
 
 __all__ = [
     "Handle",
@@ -14,7 +15,9 @@ __all__ = [
     "PreparedInputs",
     "Report",
     "SequencePlan",
+    "StageReport",
     "attach",
+    "find_withdrawal_layer",
     "list_families",
     "prepare_inputs",
 ]

@@ -17,6 +17,7 @@ from transformers import AttentionInterface
 from restore_ext import ops, reference
 from restore_ext.hf.cache import Side
 from restore_ext.hf.compat import attention_named
+from restore_ext.hf.scores import Asked
 from restore_ext.hf.visible import Blocks, key_range
 
 CALIBRATED = "restore_ext"
@@ -45,53 +46,68 @@ def stock_attention(module: Any, *args: Any, **kwargs: Any) -> Any:
 
 @dataclass
 class Calibration:
-    """One forward of the language model on T queries and K keys, as its attention sees it.
+    """One forward of the language model, as the attention of its layers sees it: T queries on K
+    keys, both of which may differ from layer to layer.
 
     Rows in which nothing was ever reduced get no distance term: they stay what they are alone.
     """
 
     backend: str
-    sides: list[Side]  # per layer, the T new keys included
-    query_position: Tensor  # [B, G, T] int32
-    far: int  # the first so many queries get the distance term
-    decays: Sequence[Tensor | None]  # per layer, [G, P] float32 where there is one
+    decays: Sequence[Tensor | None]  # per layer, [G, P] float32 where there is a distance term
     windows: Sequence[int | None]  # per layer
-    blocks: Blocks | None  # of the T new tokens
     window_cuts_blocks: bool
+    near: int = 0  # the last so many queries get no distance term
+    sides: dict[int, Side] = field(default_factory=dict)  # layer by layer, the T new keys included
+    queries: dict[int, Tensor] = field(default_factory=dict)  # [B, G, T] int32, where they are
+    blocks: dict[int, Blocks | None] = field(default_factory=dict)  # of the T new tokens
+    asked: dict[int, Asked] = field(default_factory=dict)  # what is to be scored, in which layer
+    scores: dict[int, Tensor] = field(default_factory=dict)  # [B, T] float32, what came of it
+    descent: Any = None  # which goes through the layers with it
     seen: set[int] = field(default_factory=set)  # layers whose attention has run
     _keys: dict[int, Tensor] = field(default_factory=dict)
     _ranges: dict[tuple[int, int | None], Tensor | None] = field(default_factory=dict)
     _masks: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
 
+    def anew(self) -> "Calibration":
+        """Of the same forward, with nothing known of any layer."""
+        return Calibration(
+            self.backend, self.decays, self.windows, self.window_cuts_blocks, self.near
+        )
+
     def parts(self, layer: int) -> list[tuple[int, int, dict[str, Any]]]:
         """Which queries see which keys how: (query count, key count, arguments of attention)."""
-        side, T, decay = self.sides[layer], self.query_position.shape[-1], self.decays[layer]
-        K = side.log_size.shape[-1]
-        if decay is None or not self.far:
-            return [(T, K, {"log_size": side.log_size, **self._visible(layer, 0, T)})]
-        near = T - self.far
+        T, K = self.queries[layer].shape[-1], self.sides[layer].log_size.shape[-1]
+        far = T - self.near
+        parts = [(far, K - self.near, self.arguments(layer, 0, far, K - self.near))]
+        if self.near:
+            parts.append((self.near, K, self.arguments(layer, far, T, K)))
+        return parts
+
+    def arguments(self, layer: int, first: int, past: int, K: int) -> dict[str, Any]:
+        """What attention is told of queries first..past - 1 of a layer and its first K keys."""
+        side, queries, decay = self.sides[layer], self.queries[layer], self.decays[layer]
+        arguments = {"log_size": side.log_size[:, :K], **self._visible(layer, first, past)}
+        if decay is None or first >= queries.shape[-1] - self.near:
+            return arguments
         if id(side.position) not in self._keys:
             self._keys[id(side.position)] = only_rows(side.reduced, side.position)
-        distant = {
-            "log_size": side.log_size[:, : K - near],
-            "query_position": only_rows(side.reduced, self.query_position)[..., : self.far],
-            "key_position": self._keys[id(side.position)][..., : K - near],
+        return {
+            **arguments,
+            "query_position": only_rows(side.reduced, queries)[..., first:past],
+            "key_position": self._keys[id(side.position)][..., :K],
             "decay": decay,
-            **self._visible(layer, 0, self.far),
         }
-        rest = {"log_size": side.log_size, **self._visible(layer, self.far, T)}
-        return [(self.far, K - near, distant), *([(near, K, rest)] if near else [])]
 
     def _visible(self, layer: int, first: int, past: int) -> dict[str, Any]:
-        """The arguments of attention for the queries from `first` on that bound what they see."""
+        """The arguments of attention for queries first..past - 1 that bound what they see."""
         side, window = self.sides[layer], self.windows[layer]
         key = (id(side.log_size), window)
         if key not in self._ranges:
             self._ranges[key] = key_range(
                 side,
-                self.query_position,
+                self.queries[layer],
                 window=window,
-                blocks=self.blocks,
+                blocks=self.blocks[layer],
                 window_cuts_blocks=self.window_cuts_blocks,
             )
         ranges = self._ranges[key]
@@ -105,6 +121,17 @@ class Calibration:
             outs.append(attend_by_op(*some, arguments, kwargs))
             first += T
         return outs[0] if len(outs) == 1 else torch.cat(outs, 1)
+
+    def score(self, layer: int, query: Tensor, key: Tensor, kwargs: Any) -> None:
+        """Has the tokens of this forward rated by those who are asked, as this layer sees them."""
+        asked = self.asked[layer]
+        past, K = query.shape[2] - asked.draft, key.shape[2] - asked.draft
+        first = past - asked.rows
+        arguments = self.arguments(layer, first, past, K)
+        scores = asked.scores(
+            query[:, :, first:past], key[:, :, :K], arguments, kwargs, self.backend
+        )
+        self.scores[layer] = pad(scores[:, K - past :], (0, asked.draft))
 
     def mask(self, layer: int, dtype: torch.dtype) -> Tensor:
         """[B, 1, T, K], what is added to the logits; layers that share a log_size share it."""
@@ -120,6 +147,15 @@ class Calibration:
         return self._masks[key]
 
 
+@dataclass
+class Glance:
+    """A look at what a layer's attention would get; nothing is attended to."""
+
+    query: Tensor | None = None  # [B, Hq, T, D], rotated
+    key: Tensor | None = None  # [B, Hkv, T, D]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
 def calibrated(
     module: Any,
     query: Tensor,
@@ -129,11 +165,16 @@ def calibrated(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The registered attention: calibrated where a Calibration came along, stock elsewhere."""
-    state: Calibration | None = kwargs.pop(STATE, None)
+    state: Calibration | Glance | None = kwargs.pop(STATE, None)
     if state is None:
         return stock_attention(module, query, key, value, attention_mask, **kwargs)
+    if isinstance(state, Glance):
+        state.query, state.key, state.kwargs = query, key, kwargs
+        return torch.zeros_like(query.transpose(1, 2)), None
     layer: int = module.layer_idx
     state.seen.add(layer)
+    if layer in state.asked:
+        state.score(layer, query, key, kwargs)
     if state.backend == "op":
         return state.attend(layer, query, key, value, kwargs), None
     require_mask_attention(module.config.stock._attn_implementation)

@@ -85,6 +85,13 @@ def prompt_blocks(inner: nn.Module, inputs: dict[str, Any]) -> Tensor:
     return torch.where(kinds == 0, 0, -1)
 
 
+def layer_rotation(layer: Any, inputs: dict[str, Any]) -> Any:
+    """The position embeddings among a decoder layer's arguments; of two in Gemma 3 of 4.57."""
+    if "position_embeddings" in inputs:
+        return inputs["position_embeddings"]
+    return inputs[f"position_embeddings_{'local' if layer.self_attn.is_sliding else 'global'}"]
+
+
 def generation_positions(model: Any, input_ids: Tensor, inputs: dict[str, Any]) -> Tensor:
     """The position ids generate() would start from: [B, S], with M-RoPE [4, B, S] (5.3 on)."""
     return model._prepare_position_ids_for_generation(input_ids, {"input_ids": input_ids, **inputs})

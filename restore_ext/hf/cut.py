@@ -1,4 +1,4 @@
-"""A batch of sequences cut down: its plan, and what attention is told of the keys left."""
+"""A batch of sequences cut down: what goes into the language model, and the cuts inside."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -6,12 +6,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from restore_ext.hf.cache import RestoreLayer, Side
+from restore_ext.hf.cache import RestoreLayer
 from restore_ext.hf.families import Family
 from restore_ext.hf.images import images_of_rows, reduce_images, without_separators
 from restore_ext.hf.plan import SequencePlan, plan_sequence
 from restore_ext.hf.report import ImageReport, LayerReport, Report
+from restore_ext.hf.scores import Asked, rater_weights
 from restore_ext.hf.settings import Settings
+from restore_ext.hf.step import PlannedStage, plan_stages
 from restore_ext.hf.vision import Seen
 from restore_ext.reduction import Reduction
 
@@ -23,28 +25,45 @@ class Cut:
     reductions: list[Reduction]  # of each image
     tokens: Tensor  # [sum of n, C], the images' reduced tokens
     is_image: Tensor  # [B, S] bool
-    dropped: Tensor  # [B] int64, how much shorter each row became
+    stages: list[PlannedStage]  # the cuts to come, inside the language model
     reach: int  # one more than the highest position
     behind: int  # tokens behind the last image, in every row
+    text: int  # tokens behind the last image, in the row that has the most of them
 
     def report(
         self, family: Family, dtype: torch.dtype, layers: Sequence[RestoreLayer], logical: int
     ) -> Report:
         """layers: of the cache, before this sequence, whose logical length is given too."""
         B, S = self.plan.assign.shape
-        before, after = logical + S, self.plan.source.shape[1]
-        after += layers[0].physical if layers else 0
+        before, new = logical + S, self.plan.source.shape[1]
         per_token = B * family.kv_size * dtype.itemsize
-        count = len(family.lm.layers)
+        images = self._images()
+        visual = [image.tokens_after for image in images]
+        cuts = {planned.stage.layer: planned for planned in self.stages}
+        reports = []
+        for index in range(len(family.lm.layers)):
+            if index in cuts:
+                new, visual = cuts[index].length, cuts[index].after
+            after = new + (layers[index].physical if layers else 0)
+            reports.append(LayerReport(before, after, after * per_token, visual))
         return Report(
-            images=self._images(),
-            layers=[LayerReport(before, after, after * per_token)] * count,
+            images=images,
+            layers=reports,
             plan=self.plan,
-            kv_bytes=after * per_token * count,
+            kv_bytes=sum(report.kv_bytes for report in reports),
             # Stock drops what a window of w tokens no longer needs: all but the last w - 1.
             kv_bytes_stock=per_token
             * sum(min(before, (w or before + 1) - 1) for w in family.windows),
         )
+
+    def askers(self, embeds: Tensor, draft: int) -> dict[str, Asked]:
+        """Who rates, for the scores that the stages want; embeddings [B, T, C] as they go in."""
+        asked = {"attention": Asked(1, draft), "lookahead": Asked(1, draft)}
+        if any(planned.stage.scores == "raters" for planned in self.stages):
+            rows = min(max(self.text - draft, 1), embeds.shape[1] - draft)
+            seen, valid = self.plan.is_visual, self.plan.valid
+            asked["raters"] = Asked(rows, draft, rater_weights(embeds, seen, valid, rows, draft))
+        return asked
 
     def _images(self) -> list[ImageReport]:
         sizes = [reduction.group.shape[1] for reduction in self.reductions]
@@ -90,6 +109,8 @@ def cut_sequence(
     gone = [r.group.shape[1] - r.position.shape[1] for r in reductions]
     dropped = [sum(gone[image] for image in images) for images in rows]
     lengths = [n - d for n, d in zip(counts[1], dropped, strict=True)]
+    left = [reduction.position.shape[1] for reduction in reductions]
+    with_image = [past for past, images in zip(counts[2], rows, strict=True) if images]
     tokens = torch.cat([reduction.tokens[0] for reduction in reductions])
     return Cut(
         plan_sequence(is_image, valid, reductions, lengths),
@@ -97,9 +118,10 @@ def cut_sequence(
         reductions,
         tokens,
         is_image,
-        torch.tensor(dropped, device=is_image.device),
+        plan_stages(settings.stages, left, rows, lengths, is_image.device),
         reach=int(counts[3][0]) + 1,
         behind=S - max(counts[2]),
+        text=S - min(with_image),
     )
 
 
@@ -115,78 +137,3 @@ def padding_mask(mask: Tensor | None, like: Tensor) -> Tensor:
             "a mask of pairs of tokens cannot be shortened"
         )
     return mask[:, -S:].bool().to(like.device)
-
-
-def new_side(
-    cut: Cut | None,
-    positions: Tensor,
-    valid: Tensor,
-    past: Side | None,
-    settings: Settings,
-    axes: int,
-) -> tuple[Side, Side, Tensor]:
-    """What to know of the keys of a forward.
-
-    positions  [..., B or 1, S] as the model was given them; past: what came before
-
-    returns  the Side of layer 0, that of the other layers, and the positions of the T tokens left
-    """
-    B, S = valid.shape
-    positions = positions.expand(*positions.shape[:-2], B, S)
-    nothing = torch.zeros(B, dtype=torch.int64, device=valid.device)
-    lag = nothing if past is None else past.shift
-    dropped, size, uniform, left = nothing, None, None, valid
-    if cut is not None:
-        plan = cut.plan
-        dropped, size, uniform, left = cut.dropped, plan.size, plan.uniform, plan.valid
-        positions = plan.gather(positions)
-        # Tokens before this one in its row, less those that are left of them.
-        lag = lag[:, None] + plan.gather(valid.cumsum(1)) - left.cumsum(1)
-    else:
-        lag = lag[:, None]
-    if settings.positions == "reindex":
-        positions = (positions - lag).clamp(min=0)
-
-    position = _axes(positions, axes, B).int()
-    reduced = dropped > 0
-
-    def side(size: Tensor | None) -> Side:
-        log_size = torch.zeros_like(left, dtype=torch.float32)
-        if size is not None and settings.sizes:
-            log_size = size.log()
-        log_size = log_size.masked_fill(~left, float("-inf"))
-        return Side(log_size, position, dropped, reduced)
-
-    others = side(size)
-    first = side(uniform) if cut is not None and settings.layer0 == "uniform" else others
-    return first, others, positions
-
-
-def side_before(
-    count: int, mask: Tensor | None, positions: Tensor, valid: Tensor, axes: int, distance: bool
-) -> Side:
-    """What there is to know of `count` keys that stock cached before the first reduction.
-
-    They are text, or images within their budget: their positions count back from the first new
-    one. With M-RoPE an image breaks that count, which shows, and is refused where it matters.
-    """
-    B = len(valid)
-    old = valid.new_ones(B, count) if mask is None else mask[:, :count].bool().to(valid.device)
-    first = valid.int().argmax(1)[:, None, None].expand(B, axes, 1)
-    start = _axes(positions, axes, B).gather(-1, first)  # [B, G, 1]
-    if axes > 1 and distance and bool((start[:, 0, 0] != old.sum(1)).any()):
-        raise NotImplementedError(
-            "past_key_values holds an image that was not reduced, and the positions of its tokens "
-            "are unknown; use calibrate='size', or keep fewer tokens of that image too"
-        )
-    to_the_end = old.flip(1).cumsum(1).flip(1)
-    log_size = torch.zeros(B, count, device=valid.device).masked_fill(~old, float("-inf"))
-    nothing = torch.zeros(B, dtype=torch.int64, device=valid.device)
-    return Side(log_size, (start - to_the_end[:, None]).int(), nothing, nothing.bool())
-
-
-def _axes(positions: Tensor, axes: int, B: int) -> Tensor:
-    """[B, G, S] from positions as models take them: [B or 1, S], or of rank 3 with one axis, those
-    of M-RoPE, or those and the text's before them."""
-    given = positions[-axes:] if positions.dim() == 3 else positions[None]
-    return given.expand(axes, B, -1).transpose(0, 1)

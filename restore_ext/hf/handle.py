@@ -1,6 +1,7 @@
 """attach(): a model that reduces the visual tokens of every prompt by itself, until detached."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -37,7 +38,7 @@ class Handle:
 
     def detach(self) -> None:
         """Undoes attach(); the model is what it was. Twice is once."""
-        if self._family.model.__dict__.get(_HANDLE) is self:
+        if handle_of(self._family.model) is self:
             self._family.require_free()
             self._patches.undo()
 
@@ -70,6 +71,7 @@ def attach(
     retain: float = DEFAULT_RETAIN,
     anchor_mode: str = DEFAULT_ANCHOR_MODE,
     seed: int = 0,
+    schedule: Mapping[str, Any] | str | Path | None = None,
     enabled: bool = True,
 ) -> Handle:
     """Makes a transformers model reduce the visual tokens of its prompts (RESTORE, 2606.01711).
@@ -82,14 +84,20 @@ def attach(
 
     model       of one of the classes in docs/families.md, whose names are in list_families()
     method      the base method, see docs/methods.md. What some need beyond the features (scores,
-                keys) is read off the vision tower as it runs.
-    options     the method's own, as a dict, see reduce_tokens
+                keys) is read off the vision tower as it runs. Or one that cuts inside the language
+                model: fastv, pyramiddrop, sparsevlm, vtw, adsc_style, schedule; see docs/inside.md
+    options     the method's own, as a dict, see reduce_tokens and restore_ext.stages
+    schedule    cuts inside the language model, behind the method's if a budget is given for that: a
+                dict or the path of a JSON file, {"layers": [what each layer keeps], ...} or
+                {"method": "fastv", "keep": 64, ...}; see restore_ext.stages.read_schedule
     keep        tokens to keep of an image: an int, or one per image in the order of the batch
     keep_ratio  instead of keep: a share in (0, 1]
     budget      "per_image", or "shared": keep and keep_ratio are of all the images of a row (a
                 prompt) together, which split it in proportion to their tokens, at least one each
-    restore     True: merge what the method would drop, keep positions, calibrate. False: the plain
-                method, which prunes, re-indexes and does not calibrate. The next two override.
+    restore     True: merge what the method would drop, keep positions, calibrate; inside the
+                language model: keep positions, and calibrate what is left. False: the plain
+                method, which prunes, re-indexes (inside the language model: if it is published so)
+                and does not calibrate. The next two override.
     positions   "original": every token left keeps the position of its source. "reindex": they are
                 counted anew, and generated tokens follow on; not with M-RoPE, which keeps them
     calibrate   what is added to the logits of a key: "size", the log of how many tokens it stands
@@ -132,11 +140,18 @@ def attach(
         retain=retain,
         anchor_mode=anchor_mode,
         seed=seed,
+        schedule=schedule,
+        depth=len(family.lm.layers),
     )
     checks.require_flag("enabled", enabled)
     settings = family.fit(settings)
     family.require(settings)
-    before: Handle | None = model.__dict__.get(_HANDLE)
+    before = handle_of(model)
     if before is not None:
         before.detach()
     return Handle(family, settings, enabled)
+
+
+def handle_of(model: Any) -> Handle | None:
+    """What attach() returned for a model that is attached."""
+    return model.__dict__.get(_HANDLE)

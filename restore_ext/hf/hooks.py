@@ -15,13 +15,14 @@ from restore_ext import profiling
 from restore_ext.hf.attention import CALIBRATED, STATE, Calibration, NamedConfig
 from restore_ext.hf.cache import refuse_cache, restore_cache, restored
 from restore_ext.hf.compat import encoder_inputs, encodes_before_forward, image_features
-from restore_ext.hf.cut import Cut, cut_sequence, new_side, padding_mask, side_before
+from restore_ext.hf.cut import Cut, cut_sequence, padding_mask
+from restore_ext.hf.descent import Descent, Extent
 from restore_ext.hf.families import Family
 from restore_ext.hf.generation import drafted, in_chunks, watch_generation
 from restore_ext.hf.images import images_of_rows, reduce_images, without_separators
 from restore_ext.hf.patches import Patches
 from restore_ext.hf.settings import Settings
-from restore_ext.hf.visible import Blocks
+from restore_ext.hf.view import View, side_before
 from restore_ext.hf.vision import Seen, recall, recording, remember
 from restore_ext.rope import rope_decays
 
@@ -76,6 +77,9 @@ class Hooks:
             patches.set(family.inner, "get_video_features", videos)
         for module in family.attentions:
             patches.set(module, "config", NamedConfig(module.config, CALIBRATED))
+        for index, layer in enumerate(family.lm.layers if self.settings.stages else ()):
+            before = functools.partial(self._before_layer, index=index)
+            patches.hook(layer, "forward_pre_hook", before, with_kwargs=True)
         watch_generation(patches, family.model, self._refuse_chunks)
 
     def _watched_features(self) -> Callable[..., Any]:
@@ -196,11 +200,20 @@ class Hooks:
         self, lm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         state = kwargs.get(STATE)
-        if isinstance(state, Calibration) and len(state.seen) < len(state.sides):
+        if isinstance(state, Calibration) and len(state.seen) < state.descent.depth:
             raise RuntimeError(
                 f"{type(lm).__name__} must hand its keyword arguments on to the attention of every "
-                f"layer, got to layers {sorted(state.seen)} of {len(state.sides)}"
+                f"layer, got to layers {sorted(state.seen)} of {state.descent.depth}"
             )
+
+    @torch.compiler.disable
+    def _before_layer(
+        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, index: int
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        state = kwargs.get(STATE)
+        if not isinstance(state, Calibration):
+            return None
+        return state.descent.enter(index, layer, args, kwargs)
 
     @torch.compiler.disable
     def _cut(
@@ -245,46 +258,49 @@ class Hooks:
 
         call  the call that brought images, if any
         """
-        kwargs, lm, S = dict(kwargs), self.family.lm, embeds.shape[1]
+        kwargs, S = dict(kwargs), embeds.shape[1]
         valid = padding_mask(kwargs.get("attention_mask"), embeds)
         cache = self._restore_cache(positions, valid, kwargs)
         layers = restored(cache)
-        past = layers[0].side if layers else None
-        first, others, positions = new_side(
-            cut, positions, valid, past, self.settings, self.family.axes
-        )
+        view = View.of(None if cut is None else cut.plan, positions, valid, _blocks(call, valid))
+        reach = S + (layers[0].reach if layers else 0) if cut is None else cut.reach
+        draft = 0 if call is None else call.draft
+        askers = {}
         if cut is not None:
-            kwargs["inputs_embeds"] = cut.plan.shorten(embeds, cut.tokens)
             kwargs.update(self.family.shorten(kwargs, cut))
             logical = layers[0].logical if layers else 0
             self.handle.last = cut.report(self.family, embeds.dtype, layers, logical)
+            kwargs["inputs_embeds"] = embeds = cut.plan.shorten(embeds, cut.tokens)
+            askers = cut.askers(embeds, draft)
 
-        reach = S + (layers[0].reach if layers else 0) if cut is None else cut.reach
-        for layer in layers:
-            side = first if layer is layers[0] else others
-            croppable = None if cut is None else cut.behind
-            layer.extend(side, logical=S, reach=reach, croppable=croppable)
-        T = others.log_size.shape[1]
-        far = 0 if call is None else T - call.draft
-        far = T if self.settings.decode_distance else far
-        far = far if self.settings.distance else 0
-        kwargs[STATE] = Calibration(
+        everywhere = self.settings.decode_distance
+        far = self.settings.distance and (everywhere or call is not None)
+        layer_count = len(self.family.lm.layers)
+        calibration = Calibration(
             backend=self.settings.backend,
-            sides=[layer.side for layer in layers if layer.side is not None]
-            or [first, *[others] * (len(lm.layers) - 1)],
-            query_position=others.position,
-            far=far,
-            decays=self._decay_tables(reach, embeds.device) if far else [None] * len(lm.layers),
+            decays=self._decay_tables(reach, embeds.device) if far else [None] * layer_count,
             windows=self.family.windows,
-            blocks=_blocks(call, cut, valid),
             window_cuts_blocks=self.family.window_cuts_blocks,
+            near=draft if far and not everywhere else 0,
         )
-        kwargs["position_ids"] = positions
+        descent = calibration.descent = Descent(
+            self.family,
+            self.settings,
+            calibration,
+            view,
+            layers,
+            Extent(S, reach, None if cut is None else cut.behind),
+            () if cut is None else cut.stages,
+            askers,
+            self.handle.last if cut is not None else None,
+        )
+        kwargs[STATE] = calibration
+        kwargs["position_ids"] = descent.positions
         # Of four dimensions: taken for a mask that is ready. Attention makes its own.
         kwargs["attention_mask"] = embeds.new_zeros(1, 1, 1, 1)
         kwargs["past_key_values"] = cache
         if kwargs.get("cache_position") is not None:  # 4.57
-            kwargs["cache_position"] = kwargs["cache_position"][-T:]
+            kwargs["cache_position"] = kwargs["cache_position"][-embeds.shape[1] :]
         return kwargs
 
     def _restore_cache(self, positions: Tensor, valid: Tensor, kwargs: dict[str, Any]) -> Any:
@@ -312,17 +328,14 @@ class Hooks:
         return decays
 
 
-def _blocks(call: Call | None, cut: Cut | None, valid: Tensor) -> Blocks | None:
-    """The blocks of the tokens that are left; valid [B, S] is of those that came."""
+def _blocks(call: Call | None, valid: Tensor) -> Tensor | None:
+    """[B, S] the number of each token's block, see Family.blocks; valid [B, S]."""
     if call is None or call.blocks is None:
         return None
-    S = valid.shape[1]
-    number = call.blocks.to(valid.device)
+    S, number = valid.shape[1], call.blocks.to(valid.device)
     number = pad(number, (0, max(0, S - number.shape[1])), value=-1)[:, -S:]
     number[:, S - call.draft :] = -1  # of a draft stock takes the last token's
-    if cut is not None:
-        number = cut.plan.gather(number).masked_fill(~cut.plan.valid, -1)
-    return Blocks.of(number)
+    return number.masked_fill(~valid, -1)
 
 
 def _of_videos(original: Callable[..., Any]) -> Callable[..., Any]:

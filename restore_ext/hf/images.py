@@ -102,7 +102,10 @@ def reduce_images(
     owner = _keep_of_image(settings, seen.images, rows, encoded_once)
     row_of = [row for row, images in enumerate(rows) for _ in images]
     budgets = settings.budgets(tokens, owner, [row_of[image] for image in first])
-    if all(budget >= n for budget, n in zip(budgets, tokens, strict=True)):
+    left = [min(budget, n) for budget, n in zip(budgets, tokens, strict=True)]
+    if left == tokens and not any(
+        stage.counts(n, n)[0] < n for stage in settings.stages for n in tokens
+    ):
         return None
     refuse()
     if seen.reduced is not None and seen.reduced[0] is settings:
@@ -137,6 +140,8 @@ def _reduce(
     features: Sequence[Tensor], seen: Seen, settings: Settings, budgets: Sequence[int]
 ) -> list[Reduction]:
     """Neighbours of one size and budget are reduced together."""
+    if settings.method is None:
+        return [Reduction.untouched(x[None], x.new_ones(1, len(x)).float()) for x in features]
     reductions: list[Reduction] = []
     while len(reductions) < len(features):
         first = past = len(reductions)

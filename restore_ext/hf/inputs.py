@@ -14,12 +14,13 @@ from restore_ext.hf.compat import (
     encoder_inputs,
     generation_positions,
 )
-from restore_ext.hf.cut import Cut, cut_sequence, new_side
+from restore_ext.hf.cut import Cut, cut_sequence
 from restore_ext.hf.families import Family, find_family
 from restore_ext.hf.patches import Patches
 from restore_ext.hf.prompt import PREPARED, Prompt
 from restore_ext.hf.report import Report
 from restore_ext.hf.settings import DEFAULT_LAYER0, Settings, make_settings
+from restore_ext.hf.view import View
 from restore_ext.hf.vision import Seen, recording
 from restore_ext.reduce import DEFAULT_ANCHOR_MODE, DEFAULT_METHOD, DEFAULT_RETAIN
 from restore_ext.rope import rope_decay
@@ -224,7 +225,10 @@ def _prepared(
 ) -> PreparedInputs:
     plan, input_ids = cut.plan, tensors["input_ids"]
     valid = tensors.get("attention_mask", torch.ones_like(input_ids)).bool()
-    first, others, position_ids = new_side(cut, position_ids, valid, None, settings, family.axes)
+    view = View.of(plan, position_ids, valid)
+    others = view.side(settings, family.axes, None, layer=1)
+    uniform = settings.layer0 == "uniform"
+    first = view.side(settings, family.axes, None, layer=0) if uniform else others
     decay = later = None
     if settings.distance:
         # Generated tokens go on to where the model ends; a compiled step cannot grow a table.
@@ -236,7 +240,7 @@ def _prepared(
         "input_ids": input_ids,
         "inputs_embeds": plan.shorten(embeds, cut.tokens),
         "attention_mask": plan.valid.long(),
-        "position_ids": position_ids,
+        "position_ids": view.counted(settings, None),
     }
     prompt = Prompt(settings.backend, first, others, decay, later)
     return PreparedInputs(short, family, prompt, cut.report(family, embeds.dtype, [], 0))

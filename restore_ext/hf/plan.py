@@ -12,7 +12,7 @@ from restore_ext.rows import take
 
 
 @dataclass(frozen=True)
-class SequencePlan:
+class Shortening:
     """B sequences of S tokens become T: text stays, an image's tokens become fewer, padding goes.
 
     A row shorter than the longest is padded on the left.
@@ -22,13 +22,19 @@ class SequencePlan:
     source: Tensor  # [B, T] int64, the index of the token that gives the position; 0 where padded
     valid: Tensor  # [B, T] bool, False where padded
     is_visual: Tensor  # [B, T] bool
-    size: Tensor  # [B, T] float32, how many tokens each stands for
-    uniform: Tensor  # [B, T] float32, N / n of its image for a visual token, 1 for others
+    size: Tensor  # [B, T] float32, how many tokens of the prompt each stands for
 
     def gather(self, x: Tensor) -> Tensor:
         """The last dimension [..., B or 1, S] of x, at the sources: [..., B, T]."""
         x = x.expand(*x.shape[:-2], len(self.source), x.shape[-1])
         return x.gather(-1, self.source.expand(*x.shape[:-1], -1))
+
+
+@dataclass(frozen=True)
+class SequencePlan(Shortening):
+    """What became of a batch of prompts on their way into the language model."""
+
+    uniform: Tensor  # [B, T] float32, N / n of its image for a visual token, 1 for others
 
     def shorten(self, embeds: Tensor, tokens: Tensor) -> Tensor:
         """Embeddings [B, S, C] with the images' reduced tokens [sum of n, C]: [B, T, C]."""
@@ -61,26 +67,35 @@ def plan_sequence(
     image = torch.nonzero_static(is_image.flatten(), size=sum(before))[:, 0]
     standing = image[position]
     stays = (valid & ~is_image).flatten().scatter(0, standing, True).view(B, S)
-    length = stays.sum(1, keepdim=True)
-    column = stays.cumsum(1) - 1 + T - length  # left padding first
+    columns = Columns(stays, T)
+    column = columns.column
     joined = torch.where(group < 0, -1, column.flatten()[standing][group])
     assign = torch.where(stays, column, -1).flatten().scatter(0, image, joined).view(B, S)
-
-    slot = torch.where(stays, column, T)  # the last one collects what does not stay
-
-    def place(per_token: Tensor, elsewhere: float) -> Tensor:
-        placed = per_token.new_full((B, T + 1), elsewhere)
-        return placed.scatter_(1, slot, per_token.expand(B, S))[:, :T]
-
     one = torch.ones(B * S, device=device)
     return SequencePlan(
         assign=assign,
-        source=place(torch.arange(S, device=device), 0),
-        valid=torch.arange(T, device=device) >= T - length,
-        is_visual=place(is_image, False),
-        size=place(one.scatter(0, standing, size).view(B, S), 1.0),
-        uniform=place(one.scatter(0, standing, uniform).view(B, S), 1.0),
+        source=columns.place(torch.arange(S, device=device), 0),
+        valid=columns.valid,
+        is_visual=columns.place(is_image, False),
+        size=columns.place(one.scatter(0, standing, size).view(B, S), 1.0),
+        uniform=columns.place(one.scatter(0, standing, uniform).view(B, S), 1.0),
     )
+
+
+class Columns:
+    """Where the tokens that stay go, [B, S] bool: into T columns, padding first."""
+
+    def __init__(self, stays: Tensor, T: int) -> None:
+        length = stays.sum(1, keepdim=True)
+        self.column = stays.cumsum(1) - 1 + T - length  # [B, S], of a token that stays
+        self.valid = torch.arange(T, device=stays.device) >= T - length  # [B, T]
+        self._slot = torch.where(stays, self.column, T)  # the last one collects what does not
+
+    def place(self, per_token: Tensor, elsewhere: float) -> Tensor:
+        """[B or none, S] of what stays, in its columns [B, T]; `elsewhere` where padded."""
+        B, T = self.valid.shape
+        placed = per_token.new_full((B, T + 1), elsewhere)
+        return placed.scatter_(1, self._slot, per_token.expand_as(self._slot))[:, :T]
 
 
 def _joined(

@@ -1,8 +1,11 @@
 """What an attached model did with the last prompt that it reduced."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from torch import Tensor
 
 from restore_ext.hf.plan import SequencePlan
+from restore_ext.hf.step import Step
 from restore_ext.reduction import Reduction
 
 
@@ -22,12 +25,32 @@ class LayerReport:
     tokens_before: int  # what the sequence would be, padding included
     tokens_after: int
     kv_bytes: int  # of keys and values
+    visual: list[int]  # tokens left of each image, in the order of Report.images
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """A cut inside the language model, once its layer has run."""
+
+    layer: int  # the first that sees what is left
+    tokens_before: list[int]  # of each image
+    tokens_after: list[int]
+    plan: Step  # which token went where, from those of the layer before to those of this one
 
 
 @dataclass(frozen=True)
 class Report:
     images: list[ImageReport]
     layers: list[LayerReport]
-    plan: SequencePlan
+    plan: SequencePlan  # what went into the first layer
     kv_bytes: int  # of all layers
     kv_bytes_stock: int  # what they would be
+    stages: list[StageReport] = field(default_factory=list)
+
+    @property
+    def source(self) -> Tensor:
+        """[B, T] int64, which token of the prompt each logit belongs to; 0 where padded."""
+        source = self.plan.source
+        for stage in self.stages:
+            source = stage.plan.gather(source)
+        return source

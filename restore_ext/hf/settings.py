@@ -8,9 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from restore_ext import checks
-from restore_ext.methods import Method, find_method
+from restore_ext.methods import METHODS, TOWER_METHODS, Method, find_method
 from restore_ext.methods.problem import PROJECTED
 from restore_ext.reduce import ANCHOR_MODES
+from restore_ext.stages import STAGE_METHODS, Request, Stage, make_stages, read_schedule
 
 POSITIONS = ("original", "reindex")
 CALIBRATIONS = ("size+distance", "size", "none")
@@ -18,13 +19,14 @@ LAYER0 = ("uniform", "size")
 DEFAULT_LAYER0 = "size"
 BACKENDS = ("op", "mask")
 BUDGETS = ("per_image", "shared")
+WHOLE = Method()  # what does nothing to an image on its way into the language model
 
 
 @dataclass(frozen=True)
 class Settings:
     """The options of attach(), which explains them; none is left open."""
 
-    method: str
+    method: str | None  # None: images go into the language model whole
     options: Mapping[str, Any]
     budget: str
     keep: int | tuple[int, ...] | None
@@ -38,10 +40,11 @@ class Settings:
     retain: float
     anchor_mode: str
     seed: int
+    stages: tuple[Stage, ...] = ()  # inside the language model
 
     @property
     def chosen(self) -> Method:
-        return find_method(self.method)
+        return WHOLE if self.method is None else find_method(self.method)
 
     @property
     def needs_scores(self) -> bool:
@@ -64,6 +67,8 @@ class Settings:
         owner   which of the numbers in `keep` counts for each image, if there are several
         rows    the row of each image, rising
         """
+        if self.method is None:
+            return list(tokens)
         if self.budget == "shared":
             shares: list[int] = []
             for _, images in groupby(range(len(tokens)), key=lambda i: rows[i]):
@@ -117,17 +122,34 @@ def make_settings(
     retain: Any,
     anchor_mode: Any,
     seed: Any,
+    schedule: Any = None,
+    depth: int | None = None,
 ) -> Settings:
-    """Settings from the raw options; axes is 3 for M-RoPE, 1 for RoPE.
+    """Settings from the raw options; axes is 3 for M-RoPE, 1 for RoPE; depth is the number of
+    decoder layers, where these can be hooked.
 
     raises  TypeError, ValueError: naming the argument, what was wanted and what came
     """
     options = {} if options is None else options
     if not isinstance(options, Mapping):
         raise TypeError(f"options must be a dict of the method's options, got {options!r}")
-    chosen = find_method(method, options)
+    retain = checks.require_share("retain", retain)
+    checks.require_one_of("anchor_mode", anchor_mode, ANCHOR_MODES)
+    asked = _schedule(method, keep, keep_ratio, options, schedule)
+    stages = () if asked is None else _stages(asked, depth, retain, anchor_mode)
+    # Where nothing is said of the tokens that go into the language model, all of them do.
+    alone = asked is not None and (schedule is None or keep is keep_ratio is None)
+    inside = STAGE_METHODS[asked["method"]] if asked is not None and alone else None
     checks.require_one_of("budget", budget, BUDGETS)
-    keep, keep_ratio = _budget(keep, keep_ratio)
+    chosen = WHOLE
+    if inside is not None:
+        method, keep, keep_ratio, options = None, None, None, {}
+    else:
+        if isinstance(method, str):
+            known = (*METHODS, *TOWER_METHODS, *STAGE_METHODS)
+            checks.require_one_of("method", method, known)
+        chosen = find_method(method, options)
+        keep, keep_ratio = _budget(keep, keep_ratio)
     if budget == "shared" and isinstance(keep, tuple):
         raise ValueError(
             f"keep must be one int for budget='shared', the total of a row, got {list(keep)}"
@@ -141,7 +163,8 @@ def make_settings(
     restore = restore and chosen.restores
     mrope = axes > 1
     if positions is None:
-        positions = "original" if restore or mrope else "reindex"
+        reindexes = inside is None or inside.reindexes
+        positions = "original" if restore or mrope or not reindexes else "reindex"
     checks.require_one_of("positions", positions, POSITIONS)
     if positions == "reindex" and mrope:
         raise ValueError(
@@ -149,12 +172,12 @@ def make_settings(
             "positions of three axes, got 'reindex'"
         )
     if calibrate is None:
-        calibrate = "size+distance" if restore else "none"
+        adds = inside is None or inside.restore != "nothing"
+        calibrate = "size+distance" if restore and adds else "none"
     checks.require_one_of("calibrate", calibrate, CALIBRATIONS)
     checks.require_one_of("layer0", layer0, LAYER0)
     checks.require_flag("decode_distance", decode_distance)
     checks.require_one_of("backend", backend, BACKENDS)
-    checks.require_one_of("anchor_mode", anchor_mode, ANCHOR_MODES)
     return Settings(
         method,
         dict(options),
@@ -167,10 +190,39 @@ def make_settings(
         layer0,
         decode_distance,
         backend,
-        checks.require_share("retain", retain),
+        retain,
         anchor_mode,
         checks.require_int("seed", seed),
+        stages,
     )
+
+
+def _schedule(
+    method: Any, keep: Any, keep_ratio: Any, options: Mapping[str, Any], schedule: Any
+) -> dict[str, Any] | None:
+    """What is to be done inside the language model; None if nothing."""
+    named = isinstance(method, str) and method in STAGE_METHODS
+    if schedule is not None and named:
+        raise ValueError(
+            f"schedule must be None where method is {method!r}, which is one itself, got "
+            f"{schedule!r}"
+        )
+    if schedule is not None:
+        return read_schedule(schedule)
+    return {"method": method, "keep": keep, "keep_ratio": keep_ratio, **options} if named else None
+
+
+def _stages(
+    asked: Mapping[str, Any], depth: int | None, retain: float, anchor_mode: str
+) -> tuple[Stage, ...]:
+    options = dict(asked)
+    method, keep, keep_ratio = (options.pop(n, None) for n in ("method", "keep", "keep_ratio"))
+    if depth is None:
+        raise NotImplementedError(
+            f"method {method!r} works inside the language model, which is left to generate() here: "
+            "use attach()"
+        )
+    return make_stages(method, Request(depth, keep, keep_ratio, retain, anchor_mode), options)
 
 
 def _budget(keep: Any, keep_ratio: Any) -> tuple[int | tuple[int, ...] | None, float | None]:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from restore_ext import checks, profiling
-from restore_ext.hf.attention import PREPARED, require_mask_attention
-from restore_ext.hf.compat import image_features
+from restore_ext.hf.attention import PREPARED, STATE, require_mask_attention
+from restore_ext.hf.compat import image_features, layer_rotation
 from restore_ext.hf.patches import Patches
 from restore_ext.hf.settings import Settings
 from restore_ext.hf.vision import Record, Seen
@@ -67,6 +67,11 @@ class Family(ABC):
         config = self.lm.config
         head_size = getattr(config, "head_dim", None)
         return head_size or config.hidden_size // config.num_attention_heads
+
+    @property
+    def first_cut(self) -> int:
+        """The first layer whose input may be cut."""
+        return 1
 
     @property
     def windows(self) -> list[int | None]:
@@ -132,6 +137,8 @@ class Family(ABC):
                 "model: with M-RoPE every layer of the language model must have full attention: a "
                 f"sliding window counts tokens, not positions; got sliding_window {self.windows}"
             )
+        if settings.stages:
+            self._require_cuts(settings)
         if settings.backend == "mask":
             require_mask_attention(self.lm.config._attn_implementation)
         self.require_free()
@@ -140,6 +147,36 @@ class Family(ABC):
             self.install(trial, settings)
         finally:
             trial.undo()
+
+    def _require_cuts(self, settings: Settings) -> None:
+        first = min(stage.layer for stage in settings.stages)
+        if first < self.first_cut:
+            raise ValueError(
+                f"method: {self.name} can be cut from layer {self.first_cut} on, got layer {first}"
+            )
+        if settings.positions == "reindex":
+            try:
+                rope_decay(self.lm, 1)
+            except ValueError as error:  # no layer was named, and they differ
+                raise NotImplementedError(
+                    "model: re-indexing at a cut needs the same RoPE in every layer, got a "
+                    f"{type(self.lm).__name__} whose layers differ in theirs; use "
+                    "positions='original'"
+                ) from error
+
+    def glance(self, layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> None:
+        """Has the attention of a decoder layer called on the layer's input [B, T, C], with the
+        layer's keyword arguments and no mask and no cache."""
+        layer.self_attn(
+            hidden_states=layer.input_layernorm(hidden),
+            position_embeddings=layer_rotation(layer, kwargs),
+            attention_mask=None,
+            **{STATE: kwargs[STATE]},
+        )
+
+    def rotation(self, hidden: Tensor, positions: Tensor) -> Any:
+        """The position embeddings of re-indexed positions [B, T], as a decoder layer takes them."""
+        return self.lm.rotary_emb(hidden, positions)
 
     def require_prepared(self, settings: Settings) -> None:
         """Raises for a model that prepare_inputs() cannot serve and attach() can."""

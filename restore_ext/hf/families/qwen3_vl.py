@@ -21,6 +21,11 @@ class Qwen3VL(Qwen2VL):
     models = "Qwen3-VL"
     notes = "DeepStack features are reduced too; videos are left as they are; attach() only"
 
+    @property
+    def first_cut(self) -> int:
+        """Behind the layers whose output has features added to it, token by token."""
+        return max(len(self.inner.visual.deepstack_visual_indexes), 1)
+
     def shorten(self, inputs: dict[str, Any], cut: "Cut") -> dict[str, Any]:
         mask, added = inputs.get("visual_pos_masks"), inputs.get("deepstack_visual_embeds")
         if mask is None or not added:
