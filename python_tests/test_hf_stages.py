@@ -135,6 +135,16 @@ def test_a_row_without_a_cut_is_stock_beside_one_that_has(family):
     assert_close(logits(out)[1], logits(generate(stock(family), single_row(inputs, 1)))[0])
 
 
+@each_backend
+def test_an_image_within_its_budget_is_whole_beside_one_that_is_not(backend):
+    inputs = make_inputs("qwen2_5_vl", RAGGED)  # of 24, 16 and 15 tokens
+    model = tiny_model("qwen2_5_vl")
+    handle = restore_ext.attach(model, method="fastv", keep=16, backend=backend)
+    out = generate(model, inputs, max_new_tokens=2)
+    assert handle.last.layers[-1].visual == [16, 16, 15]
+    assert_is_naive("qwen2_5_vl", inputs, handle, out)
+
+
 @each_family
 @each_backend
 @each_kind

@@ -1,6 +1,7 @@
 """The methods that cut inside the language model, without a model: counts, choices, options."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import straight_stages
@@ -149,6 +150,20 @@ def test_sparsevlm_recycles_by_clusters(keep, seed):
         want = straight_stages.sparsevlm(scores, x, keep, 0.7, 4, 5)
         assert [sorted(m) for m in groups(stage, tokens)[row]] == [sorted(m) for m in want]
         assert stage.counts(n, n)[0] == len(want)
+
+
+@pytest.mark.parametrize("keep", [1, 4, 16])
+def test_copies_are_recycled_in_the_order_of_their_indices(keep):
+    """Few different vectors, at exact distances: even centres may be copies of each other."""
+    [stage] = stages("sparsevlm", layers=[3], keeps=[keep], recycle=0.9, cluster=2)
+    for seed in range(4):
+        tokens = candidates(stage, LENGTHS, seed=seed, C=4)
+        x = (tokens.hidden() > 0.8).float()
+        tokens = replace(tokens, hidden=lambda x=x: x)
+        for row, n in enumerate(LENGTHS):
+            scores = tokens.scores[row, :n].tolist()
+            want = straight_stages.sparsevlm(scores, x[row, :n].double(), keep, 0.9, 2, 5)
+            assert [sorted(m) for m in groups(stage, tokens)[row]] == [sorted(m) for m in want]
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 12])
