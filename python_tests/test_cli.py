@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import restore_ext
 from restore_ext.cli import main
+from restore_ext.cli.load import encode_prompt
+from restore_ext.cli.measure import Task
 from restore_ext.methods import list_methods
-from restore_ext.pocket import held_out
+from restore_ext.pocket import POCKET_NAME, held_out, load_pocket
 from restore_ext.pocket.model import FOLDER
 
 QUICK = ["--repeats", "1"]
@@ -95,6 +98,56 @@ def test_run_answers_as_the_demo_does(tmp_path, scene, capsys):
     assert list(columns(capsys.readouterr().out)) == ["vispruner plain"]
 
 
+def test_demo_and_run_cut_inside_the_language_model(tmp_path, scene, capsys):
+    png = str(tmp_path / "a.png")
+    for method, keep, left in (("fastv", 9, 9), ("pyramiddrop", None, 64), ("vtw", None, 0)):
+        given = ["demo", "--seed", "2", "--method", method, "--output", png, *QUICK]
+        assert main([*given, *(["--keep", str(keep)] if keep else [])]) == 0
+        rows = columns(capsys.readouterr().out)
+        both = [f"{method} plain", f"{method} + RESTORE"][: 1 + (method != "vtw")]
+        assert list(rows) == ["all tokens", *both]
+        assert all(rows[label][1] == f"576 to {left}" for label in both)
+        stock = int(rows["all tokens"][4].replace(",", ""))
+        assert all(int(rows[label][4].replace(",", "")) < stock for label in both)
+        with Image.open(png) as picture:
+            pixels = np.asarray(picture)
+        first, second = (pixels[76:556, 24 + 504 * i : 504 + 504 * i] for i in range(2))
+        assert (first != second).mean() > 0.3, "the picture shows what is left"
+    file, question = scene
+    given = ["run", "--model", "pocket", "--image", file, "--prompt", question]
+    assert main([*given, "--method", "fastv"]) == 0
+    assert columns(capsys.readouterr().out)["fastv + RESTORE"][1] == "576 to 64"
+
+
+@pytest.mark.parametrize(
+    ("method", "given"),
+    [
+        ("fastv", {"keep": 20}),
+        ("vtw", {}),
+        ("sparsevlm", {"keep": 64}),
+        ("pyramiddrop", {"keep": 20, "options": {"merge": True}}),
+        ("tome", {"keep": 90, "schedule": {"method": "pyramiddrop", "keep": 9, "merge": True}}),
+    ],
+)
+def test_what_is_shown_of_the_first_picture_is_what_the_last_layer_has(method, given):
+    model, processor = load_pocket()
+    scene = held_out(2)
+    inputs = encode_prompt(POCKET_NAME, processor, scene.image, scene.question.text)
+    with restore_ext.attach(model, method=method, **given) as handle:
+        outcome = Task(model, processor, inputs, 1, 1).answer(method, handle)
+        last, image = handle.last.stages[-1].plan, handle.last.images[0]
+    shown = outcome.reduction
+    left = outcome.visual_tokens_at_last
+    sizes = last.size[last.is_visual]
+    assert shown.size.shape == (1, left) and len(sizes) == left
+    assert shown.size[0].sort().values.equal(sizes.sort().values)
+    members = shown.group[shown.group >= 0].bincount(minlength=left)
+    assert members.tolist() == shown.size[0].tolist()
+    assert (members[shown.kept[0]] == 1).all()
+    if method == "fastv":  # what stays is known by its place in the prompt
+        assert shown.position[0].equal(handle.last.source[last.is_visual] - image.start)
+
+
 def test_run_can_say_more_than_a_word(scene, capsys):
     file, _ = scene
     given = ["run", "--model", "pocket", "--image", file, "--prompt", "describe"]
@@ -130,6 +183,11 @@ def wrong(tmp_path):
         "no image": ([*demo, "--image", text], f"--image: {text} cannot be read as an image"),
         "a folder": ([*demo, "--image", str(empty)], "cannot be read as an image"),
         "method": ([*demo, "--method", "best"], f"--method must be one of {names}, got best"),
+        "schedule": ([*demo, "--method", "schedule"], "schedule needs the tokens of every layer"),
+        "no budget": (
+            [*demo, "--method", "vtw", "--keep", "64"],
+            "--keep must not be given with --method vtw, which takes no budget",
+        ),
         "keep": ([*demo, "--keep", "0"], "--keep must be at least 1, got 0"),
         "keep word": ([*demo, "--keep", "few"], "argument --keep: invalid int value: 'few'"),
         "repeats": ([*demo, "--repeats", "0"], "--repeats must be at least 1, got 0"),
@@ -151,9 +209,9 @@ def wrong(tmp_path):
 
 
 @pytest.mark.parametrize("mistake", wrong_names := [
-    "no file", "no image", "a folder", "method", "keep", "keep word", "repeats", "seed", "word",
-    "output", "command", "prompt word", "new tokens", "device", "empty folder", "no folder",
-    "alien", "offline", "id", "questions", "only",
+    "no file", "no image", "a folder", "method", "schedule", "no budget", "keep", "keep word",
+    "repeats", "seed", "word", "output", "command", "prompt word", "new tokens",
+    "device", "empty folder", "no folder", "alien", "offline", "id", "questions", "only",
 ])  # fmt: skip
 def test_a_mistake_is_said_in_one_line(mistake, tmp_path, capsys):
     cases = wrong(tmp_path)

@@ -115,6 +115,37 @@ def test_an_option_of_the_method_comes_through(family):
             r"one int for budget='shared', .*\[4, 4\]",
         ),
         ({"options": [1]}, TypeError, r"options must be a dict .* got \[1\]"),
+        (
+            {"budget": "shared", "method": "fastv", "keep": 9},
+            ValueError,
+            "budget must be 'per_image' for method fastv, .* got 'shared'",
+        ),
+        (
+            {"budget": "shared", "keep": None, "schedule": {"method": "vtw"}},
+            ValueError,
+            "budget must be 'per_image' for method vtw, .* got 'shared'",
+        ),
+        (
+            {"method": "pyramiddrop", "keep": [4, 5]},
+            TypeError,
+            r"keep must be one int for method pyramiddrop, .* got \[4, 5\]",
+        ),
+        (
+            {"method": "fastv", "keep": torch.tensor([4, 5])},
+            TypeError,
+            r"keep must be one int for method fastv, .* got tensor\(\[4, 5\]\)",
+        ),
+        (
+            {"schedule": {"method": "fastv", "keep": [4, 5]}},
+            TypeError,
+            r"keep must be one int for method fastv, .* got \[4, 5\]",
+        ),
+        ({"method": "vtw", "keep": 4}, ValueError, "method vtw takes no keep or keep_ratio"),
+        (
+            {"keep": None, "schedule": {"method": "fastv"}, "options": {"layer": 3}},
+            ValueError,
+            r"options must be None for a schedule without keep .* got \{'layer': 3\}",
+        ),
         ({"options": {"step": 0}}, ValueError, "step must be an int >= 1, got 0"),
         ({"options": {"share": 1}}, TypeError, "vispruner has no option 'share'"),
     ],

@@ -6,6 +6,7 @@ import torch
 
 from restore_ext import reduce_tokens
 from restore_ext.methods import METHODS, find_method, holov, list_methods
+from restore_ext.stages import STAGE_METHODS
 
 LENGTHS = (1, 2, 3, 7, 16, 17, 24, 33, 40, 48)
 # float32 cannot be held to a decision closer than this.
@@ -275,6 +276,6 @@ def test_tome_merges_with_and_without_restore():
 
 def test_the_table_of_methods_answers_by_name():
     projected = "random uniform divprune fastervlm vispruner holov visionzip tome token_pooling"
-    assert list_methods() == [*projected.split(), "tome_vit", "downsample"]
+    assert list_methods() == [*projected.split(), "tome_vit", "downsample", *STAGE_METHODS]
     with pytest.raises(ValueError, match=r"method must be one of random, .*, tome, .* got 'dart'"):
         find_method("dart")

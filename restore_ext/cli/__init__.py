@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from restore_ext.cli.errors import UserError
+from restore_ext.cli.errors import DEFAULT_KEEP, UserError
 from restore_ext.methods import cards, list_methods
 from restore_ext.methods.catalogue import as_text
 from restore_ext.reduce import DEFAULT_METHOD
@@ -79,7 +79,7 @@ def _parser() -> Parser:
     demo = commands.add_parser("demo", help=about, description=about)
     demo.add_argument("--image", help="a picture; without it a scene is drawn")
     demo.add_argument("--question", help="one in the model's own words (pocket.WORDS)")
-    _add_reduction(demo, keep=64)
+    _add_reduction(demo)
     demo.add_argument("--seed", type=int, default=0, help="which scene to draw, >= 0")
     demo.add_argument("--output", default="demo.png", help="the picture to write")
     demo.add_argument("--repeats", type=int, default=5, help="timings to take the median of")
@@ -89,7 +89,7 @@ def _parser() -> Parser:
     run.add_argument("--model", required=True, help="a hub id, a folder, or pocket")
     run.add_argument("--image", required=True, help="a file")
     run.add_argument("--prompt", required=True, help="what to ask of it")
-    _add_reduction(run, keep=64)
+    _add_reduction(run)
     run.add_argument("--device", default="cpu", help="as torch names it")
     run.add_argument("--dtype", choices=DTYPES, default="float32", help="of the model")
     run.add_argument("--max-new-tokens", type=int, help="default: the model's own, or 64")
@@ -109,9 +109,10 @@ def _parser() -> Parser:
     return parser
 
 
-def _add_reduction(parser: argparse.ArgumentParser, keep: int) -> None:
+def _add_reduction(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", default=DEFAULT_METHOD, help=METHODS)
-    parser.add_argument("--keep", type=int, default=keep, help="visual tokens to keep, >= 1")
+    about = f"visual tokens to keep, >= 1 (default: {DEFAULT_KEEP}, if the method takes a budget)"
+    parser.add_argument("--keep", type=int, help=about)
     parser.add_argument(
         "--backend", choices=BACKENDS, default="op", help="attention: our op, or torch"
     )

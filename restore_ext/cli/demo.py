@@ -10,7 +10,7 @@ from restore_ext import picture
 from restore_ext.cli.errors import UserError, check_reduction, one_line, open_image
 from restore_ext.cli.load import encode_prompt, quiet
 from restore_ext.cli.measure import Outcome, Task, table
-from restore_ext.methods import find_method
+from restore_ext.methods import find_card
 from restore_ext.pocket import POCKET_NAME, held_out, load_pocket
 
 QUESTION = "how many objects ?"  # of a picture that came without one
@@ -18,8 +18,8 @@ QUESTION = "how many objects ?"  # of a picture that came without one
 
 def demo(arguments: argparse.Namespace) -> None:
     """Prints the table and writes the picture."""
-    method, keep = arguments.method, arguments.keep
-    check_reduction(method, keep, arguments.repeats)
+    method = arguments.method
+    keep = check_reduction(method, arguments.keep, arguments.repeats)
     image, question, truth = _scene(arguments)
     quiet()
     model, processor = load_pocket()
@@ -27,7 +27,7 @@ def demo(arguments: argparse.Namespace) -> None:
     task = Task(model, processor, inputs, max_new_tokens=1, repeats=arguments.repeats)
     outcomes = [task.answer("all tokens")]
     ways = [(False, f"{method} plain"), (True, f"{method} + RESTORE")]
-    for restore, label in ways[: 1 + find_method(method).restores]:
+    for restore, label in ways[: 1 + find_card(method).restores]:
         with restore_ext.attach(
             model, method=method, keep=keep, restore=restore, backend=arguments.backend
         ) as handle:
@@ -65,7 +65,7 @@ def _write(
 
 def _note(outcome: Outcome) -> str:
     if outcome.reduction is None:
-        return f"{outcome.visual_tokens} visual tokens"
+        return f"{outcome.tokens} visual tokens"
     kept = int(outcome.reduction.kept.sum())
     merged = int(outcome.reduction.merged.sum())
     if not merged:

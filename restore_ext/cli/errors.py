@@ -7,6 +7,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
+DEFAULT_KEEP = 64
+
+
 class UserError(Exception):
     """Ends a command with its message and exit code 2; a traceback would not help."""
 
@@ -17,16 +20,28 @@ def one_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def check_reduction(method: str, keep: int, repeats: int) -> None:
-    """Refuses what attach() would refuse, before a model is loaded."""
-    from restore_ext.methods import list_methods
+def check_reduction(method: str, keep: int | None, repeats: int) -> int | None:
+    """The budget for attach(), None for a method that takes none.
+
+    Refuses what attach() would refuse, before a model is loaded.
+    """
+    from restore_ext.methods import find_card, list_methods
 
     if method not in list_methods():
         raise UserError(f"--method must be one of {', '.join(list_methods())}, got {method}")
-    if keep < 1:
+    if method == "schedule":
+        raise UserError(
+            "--method schedule needs the tokens of every layer, which only Python can give it: "
+            "attach(model, schedule=...)"
+        )
+    budget = find_card(method).budget
+    if keep is not None and not budget:
+        raise UserError(f"--keep must not be given with --method {method}, which takes no budget")
+    if keep is not None and keep < 1:
         raise UserError(f"--keep must be at least 1, got {keep}")
     if repeats < 1:
         raise UserError(f"--repeats must be at least 1, got {repeats}")
+    return DEFAULT_KEEP if keep is None and budget else keep
 
 
 def open_image(file: str) -> "Image.Image":

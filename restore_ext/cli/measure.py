@@ -3,12 +3,17 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from restore_ext.reduction import Reduction
+from restore_ext.stages.stage import as_groups
+
+if TYPE_CHECKING:
+    from restore_ext.hf.report import Report, StageReport
 
 FORCED = 32  # tokens decoded against the clock, whatever they are
 
@@ -19,11 +24,18 @@ class Outcome:
 
     label: str
     answer: str
-    visual_tokens: int
+    visual_tokens: int  # in the first layer
+    visual_tokens_at_last: int  # in the last: fewer where a method cuts in between
     prefill_ms: float  # picture and prompt to the first token, vision tower included
     decode_ms: float  # per token, over FORCED tokens after the first
     kv_bytes: int  # keys and values of the prompt, all layers
-    reduction: Reduction | None  # of the first picture, None where nothing was reduced
+    reduction: Reduction | None  # of the first picture, cuts included; None where it stays whole
+
+    @property
+    def tokens(self) -> str:
+        """How many visual tokens there were, in words of the table."""
+        first, last = self.visual_tokens, self.visual_tokens_at_last
+        return str(first) if first == last else f"{first} to {last}"
 
 
 @dataclass(frozen=True)
@@ -49,14 +61,17 @@ class Task:
         token = self.model.config.image_token_id
         before = int((self.inputs["input_ids"] == token).sum())
         saved = sum(image.tokens_before - image.tokens_after for image in images)
+        cuts = [] if report is None else report.stages
+        cut = sum(sum(stage.tokens_before) - sum(stage.tokens_after) for stage in cuts)
         return Outcome(
             label,
             text,
             before - saved,
+            before - saved - cut,
             median(prefill for prefill, _ in times),
             median(decode for _, decode in times),
             kv_bytes,
-            images[0].reduction if images else None,
+            _first_picture(report) if report is not None and saved + cut else None,
         )
 
     def _generate(self, new_tokens: int, **options: Any) -> Any:
@@ -84,6 +99,25 @@ class Task:
         return 1e3 * (first - start), 1e3 * (last - first) / FORCED
 
 
+def _first_picture(report: "Report") -> Reduction:
+    """What is left of the first picture of a batch of one behind the last cut."""
+    parts = [report.images[0].reduction, *map(_of_first_picture, report.stages)]
+    # From behind: a reduction composed with a later one may put its own tokens in another order.
+    return reduce(lambda later, earlier: earlier.compose(later), reversed(parts))
+
+
+def _of_first_picture(stage: "StageReport") -> Reduction:
+    n, left, cut = stage.tokens_before[0], stage.tokens_after[0], stage.plan
+    if cut.reduction is None:
+        group = as_groups(torch.isin(cut.slots[:1, :n], cut.source))
+    else:
+        group = cut.reduction.group[:1, :n]
+    device = group.device
+    alone = (group[:, None] == torch.arange(left, device=device)[:, None]).sum(-1) == 1
+    nothing, ones = torch.zeros(1, n, 1, device=device), torch.ones(1, n, device=device)
+    return Reduction.of_groups(nothing, group, left, ones, alone)
+
+
 class _Watch:
     """A streamer that notes when it is handed the prompt and then each token, on the host."""
 
@@ -104,7 +138,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
         answer = " ".join(o.answer.split())
         answer = answer if len(answer) <= 40 else answer[:37] + "..."
         numbers = (f"{o.prefill_ms:.1f}", f"{o.decode_ms:.2f}", f"{o.kv_bytes:,}")
-        rows.append((o.label, answer, str(o.visual_tokens), *numbers))
+        rows.append((o.label, answer, o.tokens, *numbers))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for row in rows:

@@ -6,14 +6,14 @@ import restore_ext
 from restore_ext.cli.errors import UserError, check_reduction, one_line, open_image
 from restore_ext.cli.load import encode_prompt, load, quiet
 from restore_ext.cli.measure import Outcome, Task, table
-from restore_ext.methods import find_method
+from restore_ext.methods import find_card
 
 NEW_TOKENS = 64  # where neither the user nor the checkpoint says
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Prints the answer and the table."""
-    check_reduction(arguments.method, arguments.keep, arguments.repeats)
+    keep = check_reduction(arguments.method, arguments.keep, arguments.repeats)
     new_tokens = arguments.max_new_tokens
     if new_tokens is not None and new_tokens < 1:
         raise UserError(f"--max-new-tokens must be at least 1, got {new_tokens}")
@@ -28,19 +28,19 @@ def run(arguments: argparse.Namespace) -> None:
     limit = new_tokens or model.generation_config.max_new_tokens or NEW_TOKENS
     task = Task(model, processor, inputs, limit, arguments.repeats)
     outcomes = [task.answer("all tokens")] if arguments.compare else []
-    plain = arguments.no_restore or not find_method(arguments.method).restores
+    plain = arguments.no_restore or not find_card(arguments.method).restores
     ways = [False] if plain else [False, True] if arguments.compare else [True]
-    outcomes += [_reduced(task, arguments, restore) for restore in ways]
+    outcomes += [_reduced(task, arguments, keep, restore) for restore in ways]
     print(f"{outcomes[-1].answer}\n\n{table(outcomes)}")
 
 
-def _reduced(task: Task, arguments: argparse.Namespace, restore: bool) -> Outcome:
+def _reduced(task: Task, arguments: argparse.Namespace, keep: int | None, restore: bool) -> Outcome:
     label = f"{arguments.method} + RESTORE" if restore else f"{arguments.method} plain"
     try:
         handle = restore_ext.attach(
             task.model,
             method=arguments.method,
-            keep=arguments.keep,
+            keep=keep,
             restore=restore,
             backend=arguments.backend,
         )

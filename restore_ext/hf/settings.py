@@ -142,7 +142,8 @@ def make_settings(
     inside = STAGE_METHODS[asked["method"]] if asked is not None and alone else None
     checks.require_one_of("budget", budget, BUDGETS)
     chosen = WHOLE
-    if inside is not None:
+    if asked is not None and inside is not None:
+        _require_no_more(asked["method"], budget, options, schedule)
         method, keep, keep_ratio, options = None, None, None, {}
     else:
         if isinstance(method, str):
@@ -210,6 +211,20 @@ def _schedule(
     if schedule is not None:
         return read_schedule(schedule)
     return {"method": method, "keep": keep, "keep_ratio": keep_ratio, **options} if named else None
+
+
+def _require_no_more(name: str, budget: str, options: Any, schedule: Any) -> None:
+    """Refuses what would be passed over where nothing is reduced before the language model."""
+    if budget != "per_image":
+        raise ValueError(
+            f"budget must be 'per_image' for method {name}, which cuts inside the language model, "
+            f"got {budget!r}"
+        )
+    if schedule is not None and options:
+        raise ValueError(
+            "options must be None for a schedule without keep or keep_ratio: a schedule's own "
+            f"stand beside its 'method', got {dict(options)}"
+        )
 
 
 def _stages(

@@ -3,12 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
-from restore_ext.methods.catalogue import Card
+from restore_ext.checks import require_one_of
+from restore_ext.methods.catalogue import Card, inside
 from restore_ext.methods.divprune import DIVPRUNE
 from restore_ext.methods.downsample import DOWNSAMPLE
 from restore_ext.methods.fastervlm import FASTERVLM
 from restore_ext.methods.holov import HOLOV
-from restore_ext.methods.problem import Method, Problem
+from restore_ext.methods.problem import INSIDE, Method, Problem
 from restore_ext.methods.random import RANDOM
 from restore_ext.methods.token_pooling import TOKEN_POOLING
 from restore_ext.methods.tome import TOME
@@ -16,6 +17,7 @@ from restore_ext.methods.tome_vit import TOME_VIT
 from restore_ext.methods.uniform import UNIFORM
 from restore_ext.methods.visionzip import VISIONZIP
 from restore_ext.methods.vispruner import VISPRUNER
+from restore_ext.stages import STAGE_METHODS
 
 __all__ = [
     "METHODS",
@@ -24,6 +26,7 @@ __all__ = [
     "Method",
     "Problem",
     "cards",
+    "find_card",
     "find_method",
     "list_methods",
 ]
@@ -52,16 +55,30 @@ def list_methods() -> list[str]:
 
 def cards() -> list[Card]:
     """The table of methods, row by row."""
-    return [Card.of(name, method) for name, method in (METHODS | TOWER_METHODS).items()]
+    before = [Card.of(name, method) for name, method in (METHODS | TOWER_METHODS).items()]
+    return before + [inside(name, method) for name, method in STAGE_METHODS.items()]
+
+
+def find_card(name: str) -> Card:
+    """The row of a method that list_methods() names.
+
+    raises  ValueError: an unknown name
+    """
+    by_name = {card.name: card for card in cards()}
+    require_one_of("method", name, tuple(by_name))
+    return by_name[name]
 
 
 def find_method(name: str, options: Mapping[str, Any] | None = None) -> Method:
-    """The method of this name, its options checked.
+    """The method of this name in front of the language model, its options checked.
 
-    raises  ValueError: an unknown name, or an option out of range
+    raises  ValueError: an unknown name, one of a method that cuts inside the language model, or an
+            option out of range
             TypeError: an option the method does not have, or one of the wrong type
     """
     known = METHODS | TOWER_METHODS
+    if isinstance(name, str) and name in STAGE_METHODS:
+        raise ValueError(f"method {name} acts {INSIDE}, so attach() alone can do it")
     if not isinstance(name, str) or name not in known:
         raise ValueError(f"method must be one of {', '.join(known)}, got {name!r}")
     method = known[name]

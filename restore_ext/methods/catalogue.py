@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from restore_ext.methods.problem import (
     CLS,
     FEATURES,
+    INSIDE,
     KEYS,
     PICTURE,
     RECEIVED,
     TOWER_FEATURES,
     Method,
 )
+from restore_ext.stages import StageMethod
 
 # What RESTORE means for a method, see Card.restore.
 NOTHING = "nothing"
@@ -33,6 +35,12 @@ class Card:
     restore: str  # what RESTORE adds
     about: str
     source: str | None  # number on arXiv
+    budget: bool = True  # whether it takes keep and keep_ratio
+
+    @property
+    def restores(self) -> bool:
+        """Whether RESTORE has anything to add."""
+        return self.restore != NOTHING
 
     @staticmethod
     def of(name: str, method: Method) -> "Card":
@@ -48,6 +56,20 @@ class Card:
             about=method.about,
             source=method.source,
         )
+
+
+def inside(name: str, method: StageMethod) -> Card:
+    """The card of a method that cuts inside the language model."""
+    return Card(
+        name=name,
+        place=INSIDE,
+        does=method.does,
+        needs=method.needs,
+        restore=method.restore,
+        about=method.about,
+        source=method.source,
+        budget=method.budget,
+    )
 
 
 def _does(method: Method) -> str:

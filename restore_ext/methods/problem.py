@@ -10,6 +10,7 @@ from torch import Tensor
 PICTURE = "on the picture, before the vision tower"
 TOWER = "in the blocks of the vision tower"
 PROJECTED = "after the projector"
+INSIDE = "inside the language model"
 
 # What Problem.scores is in a hooked model.
 CLS = "cls"

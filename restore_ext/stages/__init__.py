@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from restore_ext.checks import require_count, require_share
 from restore_ext.stages.adsc_style import ADSC_STYLE
 from restore_ext.stages.fastv import FASTV
@@ -74,8 +76,11 @@ def _budget(name: str, method: StageMethod, request: Request) -> dict[str, Any]:
         return {"keep_ratio": require_share("keep_ratio", keep_ratio, above_zero=True)}
     if keep_ratio is not None:
         raise ValueError(f"give one of keep and keep_ratio, got keep={keep!r} and {keep_ratio!r}")
-    if isinstance(keep, (list, tuple)):
-        raise TypeError(f"keep must be one int for method {name}, got {keep!r}")
+    if isinstance(keep, (list, tuple, Tensor)):
+        raise TypeError(
+            f"keep must be one int for method {name}, which cuts inside the language model, got "
+            f"{keep!r}"
+        )
     return {"keep": require_count("keep", keep)}
 
 

@@ -42,4 +42,6 @@ ADSC_STYLE = StageMethod(
     stages,
     {"layers": require_layers, "stride": require_count, "offset": require_offset},
     budget=False,
+    source="2602.12618",
+    about="every second, at chosen layers; the paper's training is not reproduced",
 )

@@ -21,4 +21,10 @@ def stages(request: Request, *, layer: int = 2, merge: bool = False) -> tuple[St
     return (make_stage(layer, count, "attention", merge, request),)
 
 
-FASTV = StageMethod(stages, {"layer": require_count, "merge": require_flag})
+FASTV = StageMethod(
+    stages,
+    {"layer": require_count, "merge": require_flag},
+    needs="attention of the prompt's last token",
+    source="2403.06764",
+    about="the highest attention of the prompt's last token, at an early layer",
+)

@@ -58,4 +58,8 @@ PYRAMIDDROP = StageMethod(
     stages,
     {"layers": require_layers, "ratios": require_shares, "merge": require_flag},
     reindexes=True,
+    restore="positions, calibration of what is left",
+    needs="attention of the prompt's last token, one layer ahead",
+    source="2410.17247",
+    about="the highest attention of the prompt's last token, fewer from stage to stage",
 )

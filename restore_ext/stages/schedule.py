@@ -71,4 +71,7 @@ SCHEDULE = StageMethod(
     stages,
     {"layers": require_entries, "scores": require_scores, "merge": require_flag},
     budget=False,
+    needs="by `scores`: as fastv, pyramiddrop or sparsevlm, or none",
+    source="2412.00556",
+    about="as many as are listed for every layer, as a search finds them",
 )

@@ -167,5 +167,9 @@ SPARSEVLM = StageMethod(
         "merge": require_flag,
     },
     reindexes=True,
-    restore="positions and calibration",
+    restore="positions, calibration",
+    does="picks and merges",
+    needs="attention of the words that look at the image",
+    source="2410.04417",
+    about="the highest attention of the words that look at the image; clusters of the next best",
 )

@@ -78,6 +78,10 @@ class StageMethod:
     budget    whether it takes keep or keep_ratio
     reindexes whether, without RESTORE, it counts the positions of what is left anew
     restore   what RESTORE adds to it
+    does      picks, merges, or another, see methods.catalogue.Card
+    needs     what it reads beyond the tokens
+    source    of the paper on arXiv, as its number; none: there is no paper
+    about     what it keeps, in one line
     """
 
     make: Callable[..., tuple[Stage, ...]]
@@ -85,6 +89,10 @@ class StageMethod:
     budget: bool = True
     reindexes: bool = False
     restore: str = "calibration of what is left"
+    does: str = "picks"
+    needs: str = ""
+    source: str | None = None
+    about: str = ""
 
 
 def as_groups(kept: Tensor) -> Tensor:

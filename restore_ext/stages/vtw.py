@@ -19,4 +19,12 @@ def stages(request: Request, *, layer: int | None = None) -> tuple[Stage, ...]:
     return (make_stage(at, lambda n, now: 0, "none", False, request),)
 
 
-VTW = StageMethod(stages, {"layer": require_count}, budget=False, restore="nothing")
+VTW = StageMethod(
+    stages,
+    {"layer": require_count},
+    budget=False,
+    restore="nothing",
+    does="drops all",
+    source="2405.05803",
+    about="all of them up to some layer, none from there on",
+)
