@@ -69,5 +69,6 @@ def _note(outcome: Outcome) -> str:
     kept = int(outcome.reduction.kept.sum())
     merged = int(outcome.reduction.merged.sum())
     if not merged:
-        return f"{kept} kept, the rest dropped"
+        where = " inside the model" if outcome.visual_tokens_at_last < outcome.visual_tokens else ""
+        return f"{kept} kept, the rest dropped{where}"
     return f"{kept} kept; {merged} merged: a colour each, a dot where it stands"
