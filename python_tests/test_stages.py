@@ -260,7 +260,7 @@ def test_a_cut_reads_nothing_back_and_brings_nothing_along(method):
         ("fastv", {"layer": 2.0}, TypeError, "layer must be an int"),
         ("fastv", {"layers": [2]}, TypeError, "fastv has no option 'layers'"),
         ("fastv", {"keep": 0}, ValueError, "keep must be an int >= 1, got 0"),
-        ("fastv", {"keep": [4]}, TypeError, r"keep must be one int for method fastv, got \[4\]"),
+        ("fastv", {"keep": [4]}, TypeError, r"keep must be one int for method fastv, .* got \[4\]"),
         ("fastv", {"keep_ratio": 1.5}, ValueError, "keep_ratio must be in"),
         ("fastv", {"keep": 4, "keep_ratio": 0.5}, ValueError, "give one of keep and keep_ratio"),
         ("fastv", {"merge": 1}, TypeError, "merge must be True or False"),
