@@ -156,19 +156,31 @@ class Hooks:
         cache, mask = inputs.get("past_key_values"), inputs.get("attention_mask")
         if restored(cache):
             refuse()
-        encoded = (inputs.get("mm_encoder_outputs") or {}).get("image")
-        if encoded is None:
-            encode = self.family.inner.get_image_features
-            encoded = encode(**encoder_inputs(encode, inputs))
-        features, seen = _remembered(encoded)
         if cache is not None and (mask is None or mask.shape[1] == input_ids.shape[1]):
             input_ids = input_ids[:, cache.get_seq_length() :]  # else these are the new ones alone
         is_image = self.family.placeholders(input_ids, None)
+        features, seen = self._encode(inputs, is_image)
         rows = images_of_rows(is_image.sum(1).tolist(), [len(image) for image in features])
         once = self._encoded_once
         if seen is not None:
             features, _ = without_separators(features, seen, rows, is_image)
             reduce_images(features, seen, rows, self.settings, encoded_once=once, refuse=refuse)
+
+    def _encode(self, inputs: dict[str, Any], is_image: Tensor) -> tuple[list[Tensor], Seen | None]:
+        """The features of each image among the inputs of generate(), and what was seen beside them;
+        None if there are no features."""
+        encoded = (inputs.get("mm_encoder_outputs") or {}).get("image")
+        if encoded is not None:
+            return _remembered(encoded)
+        # Learnt as in a forward: 4.57 returns bare tensors, with nothing to remember it by.
+        call = Call(self.family.inner, None, [], is_image=is_image)
+        token = _CALL.set(call)
+        try:
+            encode = self.family.inner.get_image_features
+            encode(**encoder_inputs(encode, inputs))
+        finally:
+            _CALL.reset(token)
+        return call.features or [], call.seen
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         call = _CALL.get()
