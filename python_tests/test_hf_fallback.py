@@ -7,12 +7,10 @@ import warnings
 
 import pytest
 import torch
-from hf_harness import assert_close, attach, each_family, forward, fresh, with_defaults
+from hf_harness import assert_close, attach, each_family, forward, fresh
 
-import restore_ext
 from restore_ext import checks
 from restore_ext.hf import images
-from restore_ext.hf.compat import GENERATE_CARRIES_POSITIONS
 from restore_ext.testing.models import make_inputs, tiny_model
 
 GPU = torch.device("cuda", 1)
@@ -120,15 +118,6 @@ def test_attention_that_takes_no_mask_is_refused_with_what_helps():
     model.model.language_model.config._attn_implementation = "flash_attention_2"
     with pytest.warns(UserWarning), pytest.raises(ValueError, match="sdpa"):
         attach(model)
-
-
-@pytest.mark.skipif(not GENERATE_CARRIES_POSITIONS, reason="prepare_inputs needs 5.3")
-def test_prepared_inputs_fall_back_too():
-    model, inputs = tiny_model("llava", head_dim=20), make_inputs("llava")
-    with pytest.warns(UserWarning, match=FALLS_BACK):
-        prepared = restore_ext.prepare_inputs(model, **inputs, **with_defaults({}))
-    with prepared:
-        model.generate(**prepared, max_new_tokens=2)
 
 
 @each_family

@@ -319,6 +319,14 @@ def test_a_model_without_rope_has_no_distance_term(backend):
     assert torch.equal(far, near)
 
 
+def test_a_head_size_the_op_does_not_have_falls_back_to_the_mask():
+    model, inputs = tiny_model("llava", head_dim=20), make_inputs("llava")
+    want = logits(spoken(model, prepare(model, inputs, backend="mask")))
+    with pytest.warns(UserWarning, match=r"^backend='op' falls back to backend='mask': .* got 20$"):
+        prepared = prepare(model, inputs)
+    assert torch.equal(logits(spoken(model, prepared)), want)
+
+
 def test_prepare_inputs_leaves_the_language_model_alone():
     model, inputs = tiny_model("llava"), make_inputs("llava")
     with pytest.raises(NotImplementedError, match="'fastv' works inside the language model"):
