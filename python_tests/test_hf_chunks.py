@@ -28,6 +28,21 @@ def test_chunks_are_refused_where_an_image_is_reduced(family, backend, chunk, ro
 
 
 @each_family
+def test_the_images_of_a_refused_prompt_are_forgotten(family):
+    """The language model on its own, as long a sequence, has none."""
+    model, inputs = fresh(family), make_inputs(family)
+    attach(model)
+    with pytest.raises(NotImplementedError, match="prefill_chunk_size"):
+        generate(model, inputs, prefill_chunk_size=20)
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    got, want = (
+        one.model.language_model(inputs_embeds=embeds).last_hidden_state
+        for one in (model, stock(family))
+    )
+    assert torch.equal(got, want)
+
+
+@each_family
 @each_backend
 @pytest.mark.parametrize("chunk", [20, 1000])
 @pytest.mark.parametrize("beams", [1, 2])
