@@ -43,6 +43,19 @@ def test_a_ragged_batch_of_several_images_is_the_reference(family, kind):
     assert len(handle.last.stages) == len(handle.settings.stages)
 
 
+@pytest.mark.parametrize("family", ["llava_next", "llava_onevision"])
+def test_a_newline_behind_the_image_rates_in_no_batch(family):
+    """A row with little text is rated by that text, however much the others have."""
+    alone = row_inputs(family, ROWS)
+    schedule = {"layers": [1.0, 1.0, 0.3, 0.3], "scores": "raters"}
+    with restore_ext.attach(model(family), schedule=schedule) as handle:
+        together = logits(generate(model(family), join_rows(alone), max_new_tokens=2))
+        for row, inputs in enumerate(alone):
+            by_itself = logits(generate(model(family), inputs, max_new_tokens=2))
+            assert_close(together[row], by_itself[0], TOLERANCE)
+            assert handle.last.stages
+
+
 @each
 def test_off_and_detached_are_the_same_bits(family):
     inputs = join_rows(row_inputs(family, ROWS))

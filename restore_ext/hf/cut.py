@@ -27,6 +27,7 @@ class Cut:
     is_image: Tensor  # [B, S] bool
     stages: list[PlannedStage]  # the cuts to come, inside the language model
     reach: int  # one more than the highest position
+    past_image: Tensor  # [B] int64, one more than the index of the last image token; 0: no image
     behind: int  # tokens behind the last image, in every row
     text: int  # tokens behind the last image, in the row that has the most of them
 
@@ -61,8 +62,9 @@ class Cut:
         asked = {"attention": Asked(1, draft), "lookahead": Asked(1, draft)}
         if any(planned.stage.scores == "raters" for planned in self.stages):
             rows = min(max(self.text - draft, 1), embeds.shape[1] - draft)
-            seen, valid = self.plan.is_visual, self.plan.valid
-            asked["raters"] = Asked(rows, draft, rater_weights(embeds, seen, valid, rows, draft))
+            text = self.plan.valid & (self.plan.source >= self.past_image[:, None])
+            weight = rater_weights(embeds, self.plan.is_visual, text, rows, draft)
+            asked["raters"] = Asked(rows, draft, weight)
         return asked
 
     def _images(self) -> list[ImageReport]:
@@ -120,6 +122,7 @@ def cut_sequence(
         is_image,
         plan_stages(settings.stages, left, rows, lengths, is_image.device),
         reach=int(counts[3][0]) + 1,
+        past_image=past_image,
         behind=S - max(counts[2]),
         text=S - min(with_image),
     )

@@ -59,7 +59,7 @@ def row_scores(backend: str, query: Tensor, key: Tensor, **arguments: Any) -> Te
 
 @torch.no_grad()
 def rater_weights(
-    embeds: Tensor, is_visual: Tensor, valid: Tensor, rows: int, draft: int
+    embeds: Tensor, is_visual: Tensor, behind: Tensor, rows: int, draft: int
 ) -> Tensor:
     """What every one of the last `rows` tokens of a prompt counts for as a rater, [B, R] float32.
 
@@ -67,14 +67,13 @@ def rater_weights(
     above the average one's, P = softmax over that text of V T'; all of it where none is, and the
     last token where there is no such text.
 
-    embeds [B, T, C], is_visual and valid [B, T] bool, `draft` tokens behind the prompt
+    embeds [B, T, C], is_visual and behind [B, T] bool: the text behind the last image, of which a
+    separator that ends the image is no part; `draft` tokens behind the prompt
     """
     T = embeds.shape[1]
     past = T - draft
     here = slice(past - rows, past)
-    index = torch.arange(T, device=embeds.device)
-    last = torch.where(is_visual, index, -1).amax(1, keepdim=True)
-    text = (valid & (index > last))[:, here]
+    text = behind[:, here]
     only_last = torch.arange(rows, device=embeds.device) == rows - 1
     text = torch.where(text.any(1, keepdim=True), text, only_last)
     logit = embeds.float() @ embeds[:, here].float().mT  # [B, T, R]
