@@ -7,7 +7,9 @@ import torch
 from hf_harness import assert_is_naive, attach, each_family, forward, generate
 
 import restore_ext
+from restore_ext.hf.images import reduce_images
 from restore_ext.hf.settings import split_budget
+from restore_ext.hf.vision import Seen
 from restore_ext.testing.models import (
     RAGGED,
     TWO_IMAGES,
@@ -91,6 +93,23 @@ def test_beams_share_as_their_row_does(family):
     assert sorted(kept(handle)) == sorted(alone * 2)
 
 
+def test_images_encoded_once_share_anew_in_other_rows():
+    settings = attach(tiny_model("llava"), keep=12, budget="shared", method="uniform").settings
+    features = [torch.randn(64, 8) for _ in range(2)]
+    seen = Seen(2)
+
+    def left(rows: list[list[int]]) -> list[int]:
+        found = reduce_images(
+            features, seen, rows, settings, encoded_once=True, refuse=lambda: None
+        )
+        return [reduction.position.shape[1] for reduction in found]
+
+    assert left([[0, 1]]) == [6, 6]
+    assert left([[0], [1]]) == [12, 12]
+    known = seen.reduced
+    assert left([[0], [1]]) == [12, 12] and seen.reduced is known
+
+
 @each_family
 def test_an_option_of_the_method_comes_through(family):
     inputs = make_inputs(family, TWO_IMAGES)
@@ -113,6 +132,11 @@ def test_an_option_of_the_method_comes_through(family):
             {"budget": "shared", "keep": [4, 4]},
             ValueError,
             r"one int for budget='shared', .*\[4, 4\]",
+        ),
+        (
+            {"method": "fastvv", "keep": None, "schedule": {"method": "fastv"}},
+            ValueError,
+            "method must be one of random, .* got 'fastvv'",
         ),
         ({"options": [1]}, TypeError, r"options must be a dict .* got \[1\]"),
         (

@@ -16,6 +16,7 @@ from hf_harness import (
     stock,
 )
 
+import restore_ext
 from restore_ext.hf.images import reduce_images
 from restore_ext.hf.vision import Seen
 from restore_ext.methods.downsample import cells, smaller_grid
@@ -166,6 +167,18 @@ def test_refuses_where_it_has_no_meaning(family, given, error, message):
     with pytest.raises(error, match=message):
         attach(model, **{"method": "downsample", "keep": 20, **given})
     assert not hasattr(model, "_restore_ext_handle")
+
+
+@pytest.mark.parametrize("method", ["downsample", "tome_vit"])
+def test_a_picture_within_its_budget_can_be_cut_inside_all_the_same(method):
+    inputs = make_inputs("llava", ONE_IMAGE)
+    model = tiny_model("llava")
+    inside = {"schedule": {"layers": [1.0, 1.0, 0.3, 0.3]}, "positions": "original"}
+    restore_ext.attach(model, **inside, calibrate="size")
+    want = forward(model, inputs)
+    handle = attach(model, method=method, keep=64, **inside, calibrate="size")
+    assert torch.equal(forward(model, inputs), want)
+    assert [layer.visual for layer in handle.last.layers] == [[64], [64], [19], [19]]
 
 
 @pytest.mark.parametrize(

@@ -109,8 +109,11 @@ def reduce_images(
         return None
     refuse()
     if seen.reduced is not None and seen.reduced[0] is settings:
-        return [seen.reduced[1][image] for image in number]
-    if seen.by_tower or settings.chosen.place != PROJECTED:
+        known = seen.reduced[1]
+        # What was encoded once may come again in other rows, which share other budgets.
+        if seen.by_tower or [r.position.shape[1] for r in known] == left:
+            return [known[image] for image in number]
+    if seen.by_tower or (settings.chosen.place != PROJECTED and left != tokens):
         raise ValueError(
             f"method {settings.method!r} does not fit features that were encoded for another: "
             "encode the images with the model attached, by this method"
@@ -140,7 +143,7 @@ def _reduce(
     features: Sequence[Tensor], seen: Seen, settings: Settings, budgets: Sequence[int]
 ) -> list[Reduction]:
     """Neighbours of one size and budget are reduced together."""
-    if settings.method is None:
+    if settings.method is None or settings.chosen.place != PROJECTED:
         return [Reduction.untouched(x[None], x.new_ones(1, len(x)).float()) for x in features]
     reductions: list[Reduction] = []
     while len(reductions) < len(features):
