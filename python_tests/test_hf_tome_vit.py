@@ -221,6 +221,22 @@ def test_refuses_where_it_has_no_meaning(family, given, error, message):
     assert not hasattr(model, "_restore_ext_handle")
 
 
+def test_a_tower_that_would_be_recomputed_is_refused():
+    inputs = make_inputs("llava", ONE_IMAGE)
+    model = tiny_model("llava").train()
+    model.gradient_checkpointing_enable()
+    attach(model, method="tome_vit", keep=20, backend="mask")
+    with pytest.raises(NotImplementedError, match="tome_vit needs a vision tower without"):
+        model(**inputs, use_cache=False)
+    model.model.vision_tower.gradient_checkpointing_disable()
+    model(**inputs, use_cache=False).logits.sum().backward()
+    recomputed = model.model.multi_modal_projector.linear_1.weight.grad
+    plain = tiny_model("llava").train()
+    attach(plain, method="tome_vit", keep=20, backend="mask")
+    plain(**inputs, use_cache=False).logits.sum().backward()
+    assert_close(recomputed, plain.model.multi_modal_projector.linear_1.weight.grad)
+
+
 def test_refuses_layers_and_budgets_it_cannot_serve():
     inputs = make_inputs("llava", ONE_IMAGE)
     model = tiny_model("llava")

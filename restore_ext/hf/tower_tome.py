@@ -123,6 +123,7 @@ def _watch_block(
             _start(record, hidden, blocks, class_token)
         if record.merging is None:
             return None
+        _require_no_recomputing(block, hidden, settings)
         hidden = record.merging.finish(hidden)
         if args:
             return (hidden, *args[1:]), kwargs
@@ -141,6 +142,17 @@ def _watch_block(
     patches.hook(block, "forward_pre_hook", enter, with_kwargs=True)
     patches.hook(block.layer_norm2, "forward_pre_hook", halfway)
     patches.hook(block.mlp, "forward_hook", spread)
+
+
+def _require_no_recomputing(block: Any, hidden: Tensor, settings: Settings) -> None:
+    """Backward would compute the block anew, when what was merged is forgotten."""
+    differentiates = hidden.requires_grad or any(p.requires_grad for p in block.parameters())
+    if block.training and getattr(block, "gradient_checkpointing", False) and differentiates:
+        raise NotImplementedError(
+            f"method {settings.method} needs a vision tower without gradient checkpointing, for "
+            "backward would compute its blocks anew on all tokens: call gradient_checkpointing_"
+            "disable() on the tower"
+        )
 
 
 def _start(record: Record, hidden: Tensor, blocks: int, class_token: bool) -> None:
