@@ -117,7 +117,7 @@ def attach(
     returns     a Handle, also usable in a `with` statement
     raises      TypeError, ValueError, NotImplementedError: naming the argument, what was wanted and
                 what came. The same from a later forward that cannot be done on a shorter sequence:
-                `labels` (use the logits and handle.last.plan), a static, quantised or offloaded
+                `labels` (use the logits and handle.last.source), a static, quantised or offloaded
                 cache (use prepare_inputs), prefill_chunk_size, continuous batching.
 
     Without a cache every step is a prompt, so the distance term reaches generated tokens too.

@@ -237,7 +237,7 @@ class Hooks:
             for name in call.unfit:
                 raise ValueError(
                     f"{name} cannot be used where images are reduced: the sequence gets shorter. "
-                    "Use the logits; handle.last.plan.source says which token each belongs to"
+                    "Use the logits; handle.last.source says which token each belongs to"
                 )
             refuse_cache(kwargs.get("past_key_values"))
             padding_mask(mask, embeds)

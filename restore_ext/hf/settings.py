@@ -141,14 +141,13 @@ def make_settings(
     alone = asked is not None and (schedule is None or keep is keep_ratio is None)
     inside = STAGE_METHODS[asked["method"]] if asked is not None and alone else None
     checks.require_one_of("budget", budget, BUDGETS)
+    if isinstance(method, str):
+        checks.require_one_of("method", method, (*METHODS, *TOWER_METHODS, *STAGE_METHODS))
     chosen = WHOLE
     if asked is not None and inside is not None:
         _require_no_more(asked["method"], budget, options, schedule)
         method, keep, keep_ratio, options = None, None, None, {}
     else:
-        if isinstance(method, str):
-            known = (*METHODS, *TOWER_METHODS, *STAGE_METHODS)
-            checks.require_one_of("method", method, known)
         chosen = find_method(method, options)
         keep, keep_ratio = _budget(keep, keep_ratio)
     if budget == "shared" and isinstance(keep, tuple):
