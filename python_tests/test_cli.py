@@ -188,6 +188,10 @@ def wrong(tmp_path):
             [*demo, "--method", "vtw", "--keep", "64"],
             "--keep must not be given with --method vtw, which takes no budget",
         ),
+        "keep in the tower": (
+            [*demo, "--method", "tome_vit", "--keep", "3"],
+            "keep must be at least 36 for method tome_vit, which halves 576 tokens",
+        ),
         "keep": ([*demo, "--keep", "0"], "--keep must be at least 1, got 0"),
         "keep word": ([*demo, "--keep", "few"], "argument --keep: invalid int value: 'few'"),
         "repeats": ([*demo, "--repeats", "0"], "--repeats must be at least 1, got 0"),
@@ -209,7 +213,8 @@ def wrong(tmp_path):
 
 
 @pytest.mark.parametrize("mistake", wrong_names := [
-    "no file", "no image", "a folder", "method", "schedule", "no budget", "keep", "keep word",
+    "no file", "no image", "a folder", "method", "schedule", "no budget", "keep in the tower",
+    "keep", "keep word",
     "repeats", "seed", "word", "output", "command", "prompt word", "new tokens",
     "device", "empty folder", "no folder", "alien", "offline", "id", "questions", "only",
 ])  # fmt: skip

@@ -28,9 +28,13 @@ def demo(arguments: argparse.Namespace) -> None:
     outcomes = [task.answer("all tokens")]
     ways = [(False, f"{method} plain"), (True, f"{method} + RESTORE")]
     for restore, label in ways[: 1 + find_card(method).restores]:
-        with restore_ext.attach(
-            model, method=method, keep=keep, restore=restore, backend=arguments.backend
-        ) as handle:
+        try:
+            handle = restore_ext.attach(
+                model, method=method, keep=keep, restore=restore, backend=arguments.backend
+            )
+        except ValueError as error:
+            raise UserError(one_line(error)) from error
+        with handle:
             outcomes.append(task.answer(label, handle))
     print(f"question  {question}")
     if truth:

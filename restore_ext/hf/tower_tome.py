@@ -112,6 +112,16 @@ def watch_blocks(
     watch_fewer_tokens(patches, projector, settings)
 
 
+def require_budget(tower: Any, blocks: int, settings: Settings, class_token: bool) -> None:
+    """Raises for a budget that so many blocks cannot get down to, where `tower` says how many
+    tokens a picture has."""
+    tokens = next((m.num_positions for m in tower.modules() if hasattr(m, "num_positions")), None)
+    if tokens is not None:
+        tokens -= class_token
+        (budget,) = settings.budgets([tokens], [0], [0])
+        pairs_per_block(tokens, min(budget, tokens), blocks)
+
+
 def _watch_block(
     patches: Patches, block: Any, index: int, blocks: int, settings: Settings, class_token: bool
 ) -> None:

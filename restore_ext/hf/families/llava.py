@@ -9,7 +9,7 @@ from restore_ext.hf.families.vit import Vit
 from restore_ext.hf.patches import Patches
 from restore_ext.hf.settings import Settings
 from restore_ext.hf.tower import watch_smaller_pictures
-from restore_ext.hf.tower_tome import watch_blocks
+from restore_ext.hf.tower_tome import require_budget, watch_blocks
 from restore_ext.hf.vision import Record, Seen
 from restore_ext.methods.problem import TOWER
 
@@ -26,6 +26,7 @@ class Llava(Vit):
         tower, projector = self.inner.vision_tower, self.inner.multi_modal_projector
         if settings.chosen.place == TOWER:
             blocks = self._whole_blocks(settings)
+            require_budget(tower, len(blocks), settings, self.class_token)
             watch_blocks(patches, blocks, projector, settings, self.class_token)
         elif "interpolate_pos_encoding" in inspect.signature(tower.forward).parameters:
             watch_smaller_pictures(patches, tower, projector, settings)
