@@ -265,6 +265,8 @@ def test_the_withdrawal_search_says_what_is_wrong():
         search(model, [prompt])
     with pytest.raises(ValueError, match="prompts must be at least one"):
         search(model, [], first=1)
+    with pytest.raises(ValueError, match=r"prompts\[1\] must have pixel_values, .*'input_ids'\]"):
+        search(model, [prompt, {"input_ids": prompt["input_ids"]}], first=1)
     with pytest.raises(ValueError, match="threshold must be a number >= 0, got -1"):
         search(model, [prompt], first=1, threshold=-1)
     restore_ext.attach(model, keep=3)

@@ -38,7 +38,8 @@ def find_withdrawal_layer(
     backend    see attach
 
     returns  the first layer whose mean divergence is at most the threshold; None if there is none
-    raises   TypeError, ValueError: as attach(), and for no prompts. RuntimeError: attached already
+    raises   TypeError, ValueError: as attach(), and for no prompts, or one without images.
+             RuntimeError: attached already
     """
     family = find_family(model)
     depth = len(family.lm.layers)
@@ -51,6 +52,12 @@ def find_withdrawal_layer(
     given = [dict(prompt) for prompt in prompts]
     if not given:
         raise ValueError("prompts must be at least one, got none")
+    for i, prompt in enumerate(given):
+        if prompt.get("pixel_values") is None:
+            raise ValueError(
+                f"prompts[{i}] must have pixel_values, for without images nothing is withdrawn; "
+                f"got {sorted(prompt)}"
+            )
     whole = [_next_word(model, prompt) for prompt in given]
     for layer in range(first, depth):
         with attach(model, method="vtw", options={"layer": layer}, backend=backend):
