@@ -87,13 +87,16 @@ void touch_memory(const char* p, size_t bytes, bool write, bool atomic, const vo
   }
   Dl_info library;  // constants of the program may be read
   if (buffers.empty() || (!write && dladdr(p, &library))) return;
-  if (found != buffers.end() && found->second.begin - p < 4096)
+  // Named after the nearer neighbour.
+  const bool none_before = found == buffers.begin();
+  const char* end_before = none_before ? nullptr : std::prev(found)->second.end;
+  if (found != buffers.end() && found->second.begin - p < 4096 &&
+      (none_before || found->second.begin - p <= p - end_before))
     report("out of bounds", "memory before " + found->second.name, found->second.begin - p, write,
            pc);
-  if (found == buffers.begin()) report("out of bounds", "unknown memory", 0, write, pc);
-  --found;
-  report("out of bounds", "memory after the end of " + found->second.name, p - found->second.end,
-         write, pc);
+  if (none_before) report("out of bounds", "unknown memory", 0, write, pc);
+  report("out of bounds", "memory after the end of " + std::prev(found)->second.name,
+         p - end_before, write, pc);
 }
 
 void join(const int* who, int n) {
