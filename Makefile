@@ -86,7 +86,7 @@ emulate-tests:
 	$(BIN)/python -m pytest python_tests/emulator
 
 emulate-source:
-	$(BIN)/python -m pytest $(OP_TESTS) $(HOOK_TESTS) --emulator $$($(BIN)/python tools/emulator.py source $(QUICK))
+	$(BIN)/python -m pytest $(OP_TESTS) $(HOOK_TESTS) --emulator $$($(BIN)/python tools/emulator.py source)
 
 emulate-check emulate-ptx80 emulate-ptx90a: emulate-%:
 	$(BIN)/python -m pytest $(OP_TESTS) $(if $(QUICK),-k "$(FEW_$*)") \

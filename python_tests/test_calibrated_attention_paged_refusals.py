@@ -5,10 +5,11 @@ import re
 import pytest
 
 from restore_ext import ops, testing
+from restore_ext.testing.attention import SPOILED_BIAS
 from restore_ext.testing.paged import SMALL
 
 pytestmark = pytest.mark.parametrize("device", testing.DEVICES)
-SPOILED = {
+SPOILED = SPOILED_BIAS | {
     "query must have 4 dimensions, got shape [4, 3, 32]": lambda g: {"query": g["query"][0]},
     "key_cache must have 4 dimensions, got shape [16, 2, 32]": lambda g: {
         "key_cache": g["key_cache"][0]
@@ -75,16 +76,6 @@ SPOILED = {
     "key_position must have shape [G, pages, page] = [1, 7, 16], got [2, 7, 16]": lambda g: {
         "key_position": g["key_position"].expand(2, -1, -1)
     },
-    "query_position must be Int, got Long": lambda g: {
-        "query_position": g["query_position"].long()
-    },
-    "key_position must be Int, got Long": lambda g: {"key_position": g["key_position"].long()},
-    "decay must have 2 dimensions, got shape [1, 1, 8]": lambda g: {"decay": g["decay"][None]},
-    "decay must have at least one axis G and one distance P, got shape [1, 0]": lambda g: {
-        "decay": g["decay"][:, :0]
-    },
-    "decay must be Float, got Double": lambda g: {"decay": g["decay"].double()},
-    "softcap must be >= 0, got -1": lambda g: {"softcap": -1.0},
 }
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from restore_ext import ops, reference, testing
-from restore_ext.testing.attention import NEVER
+from restore_ext.testing.attention import NEVER, SPOILED_BIAS
 from restore_ext.testing.row_scores import (
     CASES,
     SMALL,
@@ -317,7 +317,7 @@ def test_compiles(device):
     testing.assert_compiles(layer, *[tuple(case.arguments(device).values())[:7] for case in cases])
 
 
-SPOILED = {
+SPOILED = SPOILED_BIAS | {
     "query must have 4 dimensions, got shape [4, 9, 32]": lambda g: {"query": g["query"][0]},
     "key must have 4 dimensions, got shape [2, 13, 32]": lambda g: {"key": g["key"][0]},
     "query must have a head size D of 32 to 256 in steps of 8, got 31": lambda g: {
@@ -358,22 +358,12 @@ SPOILED = {
     "key_position must have shape [B, G, K] = [2, 1, 13], got [13]": lambda g: {
         "key_position": g["key_position"][0]
     },
-    "query_position must be Int, got Long": lambda g: {
-        "query_position": g["query_position"].long()
-    },
-    "key_position must be Int, got Long": lambda g: {"key_position": g["key_position"].long()},
-    "decay must have 2 dimensions, got shape [1, 1, 8]": lambda g: {"decay": g["decay"][None]},
-    "decay must have at least one axis G and one distance P, got shape [1, 0]": lambda g: {
-        "decay": g["decay"][:, :0]
-    },
-    "decay must be Float, got Double": lambda g: {"decay": g["decay"].double()},
     "key_range must have shape [B, R, 2] = [2, 9, 2], got [2, 9, 3]": lambda g: {
         "key_range": torch.zeros(2, 9, 3, dtype=torch.int32, device=g["query"].device)
     },
     "key_range must be Int, got Long": lambda g: {
         "key_range": torch.zeros(2, 9, 2, dtype=torch.int64, device=g["query"].device)
     },
-    "softcap must be >= 0, got -1": lambda g: {"softcap": -1.0},
 }
 
 

@@ -139,7 +139,9 @@ def libraries(modes: list[str], only: list[str], quick: bool) -> list[Path]:
         objects = [*entries, *build.emulator(mode)]
         for source in filter(wanted, relative("csrc/cuda/*.cu")):
             objects += build.kernels(source, mode)
-        path = ROOT / f"build/emulator/{'-'.join([mode, *only, *['quick'] * quick])}.so"
+        # Only what is translated from PTX differs.
+        suffix = ["quick"] if quick and mode.startswith("ptx") else []
+        path = ROOT / f"build/emulator/{'-'.join([mode, *only, *suffix])}.so"
         paths.append(build.link(path, objects, f"-L{TORCH}/lib -ltorch_cpu -lc10"))
     build.run()
     return paths

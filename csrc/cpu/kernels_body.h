@@ -281,3 +281,23 @@ void dot_rows(const float* x, const float* row, int64_t stride, int64_t rows, in
   for (; i + 8 <= rows; i += 8) dots<1, 8>(x, D, row + i * stride, stride, out + i, 0);
   for (; i < rows; ++i) dots<1, 1>(x, D, row + i * stride, stride, out + i, 0);
 }
+
+// What a level is made of: all of the above, and what reads 16 bits there.
+constexpr Kernels level(const char* name, decltype(Kernels::from_half) from_half,
+                        decltype(Kernels::from_bfloat16) from_bfloat16) {
+  return {
+      .name = name,
+      .lanes = kLanes,
+      .panel = kPanel,
+      .pack = pack,
+      .from_half = from_half,
+      .from_bfloat16 = from_bfloat16,
+      .pack_panel = pack_panel,
+      .multiply = multiply,
+      .dot_rows = dot_rows,
+      .sum_weights = sum_weights,
+      .share_weights = share_weights,
+      .attend = attend,
+      .decode = decode,
+  };
+}

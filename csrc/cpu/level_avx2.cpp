@@ -58,21 +58,7 @@ void from_bfloat16(const uint16_t* from, float* to, int64_t count) {
 
 }  // namespace
 
-const Kernels kernels_avx2{
-    .name = "avx2",
-    .lanes = kLanes,
-    .panel = kPanel,
-    .pack = pack,
-    .from_half = from_half,
-    .from_bfloat16 = from_bfloat16,
-    .pack_panel = pack_panel,
-    .multiply = multiply,
-    .dot_rows = dot_rows,
-    .sum_weights = sum_weights,
-    .share_weights = share_weights,
-    .attend = attend,
-    .decode = decode,
-};
+const Kernels kernels_avx2 = level("avx2", from_half, from_bfloat16);
 
 }  // namespace restore_ext::cpu
 #endif

@@ -42,20 +42,7 @@ void from_16(const uint16_t* from, float* to, int64_t count) {
 
 }  // namespace
 
-const Kernels kernels_generic{
-    .name = "generic",
-    .lanes = kLanes,
-    .panel = kPanel,
-    .pack = pack,
-    .from_half = from_16<torch::headeronly::Half>,
-    .from_bfloat16 = from_16<torch::headeronly::BFloat16>,
-    .pack_panel = pack_panel,
-    .multiply = multiply,
-    .dot_rows = dot_rows,
-    .sum_weights = sum_weights,
-    .share_weights = share_weights,
-    .attend = attend,
-    .decode = decode,
-};
+const Kernels kernels_generic =
+    level("generic", from_16<torch::headeronly::Half>, from_16<torch::headeronly::BFloat16>);
 
 }  // namespace restore_ext::cpu

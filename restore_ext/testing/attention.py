@@ -1,6 +1,7 @@
 """Problems for calibrated_attention, and the tolerance it is held to."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -251,3 +252,18 @@ def assert_within_twice_sdpa(got: tuple[Tensor, Tensor], given: dict[str, Any]) 
         allowed = 2 * (plain - exact).abs().max().item()
         worst = ((ours - exact).abs() - torch.finfo(ours.dtype).eps * scale).max().item()
         assert worst <= allowed, f"{name}: error {worst:.2e} past an ulp, {allowed:.2e} is allowed"
+
+
+# What all that attend refuse of their bias, and what spoils the arguments of a problem with P 8.
+SPOILED_BIAS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "query_position must be Int, got Long": lambda g: {
+        "query_position": g["query_position"].long()
+    },
+    "key_position must be Int, got Long": lambda g: {"key_position": g["key_position"].long()},
+    "decay must have 2 dimensions, got shape [1, 1, 8]": lambda g: {"decay": g["decay"][None]},
+    "decay must have at least one axis G and one distance P, got shape [1, 0]": lambda g: {
+        "decay": g["decay"][:, :0]
+    },
+    "decay must be Float, got Double": lambda g: {"decay": g["decay"].double()},
+    "softcap must be >= 0, got -1": lambda g: {"softcap": -1.0},
+}

@@ -155,14 +155,7 @@ class Family(ABC):
                 f"method: {self.name} can be cut from layer {self.first_cut} on, got layer {first}"
             )
         if settings.positions == "reindex":
-            try:
-                rope_decay(self.lm, 1)
-            except ValueError as error:  # no layer was named, and they differ
-                raise NotImplementedError(
-                    "model: re-indexing at a cut needs the same RoPE in every layer, got a "
-                    f"{type(self.lm).__name__} whose layers differ in theirs; use "
-                    "positions='original'"
-                ) from error
+            self._require_one_rope("re-indexing at a cut", "use positions='original'")
 
     def glance(self, layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> None:
         """Has the attention of a decoder layer called on the layer's input [B, T, C], with the
@@ -193,14 +186,19 @@ class Family(ABC):
                 f"{self.windows}; use attach()"
             )
         if settings.distance:
-            try:
-                rope_decay(self.lm, 1)
-            except ValueError as error:  # no layer was named, and they differ
-                raise NotImplementedError(
-                    "model: prepare_inputs() has one distance term, which needs the same RoPE in "
-                    f"every layer, got a {type(self.lm).__name__} whose layers differ in theirs; "
-                    "use attach() or calibrate='size'"
-                ) from error
+            self._require_one_rope(
+                "prepare_inputs() has one distance term, which",
+                "use attach() or calibrate='size'",
+            )
+
+    def _require_one_rope(self, who: str, way_out: str) -> None:
+        try:
+            rope_decay(self.lm, 1)
+        except ValueError as error:  # no layer was named, and they differ
+            raise NotImplementedError(
+                f"model: {who} needs the same RoPE in every layer, got a {type(self.lm).__name__} "
+                f"whose layers differ in theirs; {way_out}"
+            ) from error
 
     def require_free(self) -> None:
         """Raises inside a `with` block of prepare_inputs(), whose patches lie on top."""
