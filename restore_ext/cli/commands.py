@@ -1,0 +1,86 @@
+"""The commands of restore-ext and their options. Nothing heavy is imported to show --help."""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from restore_ext.cli.errors import DEFAULT_KEEP
+from restore_ext.methods import list_methods
+from restore_ext.reduce import DEFAULT_METHOD
+
+METHODS = f"how tokens are picked (see restore-ext methods): {', '.join(list_methods())}"
+BACKENDS = ("op", "mask")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Command:
+    """What the user calls, and MODULE:FUNCTION of this package, which takes the arguments."""
+
+    name: str
+    about: str
+    entry: str  # imported when the command is called
+    add_options: Callable[[argparse.ArgumentParser], None]
+
+
+def _demo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--image", help="a picture; without it a scene is drawn")
+    parser.add_argument("--question", help="one in the model's own words (pocket.WORDS)")
+    add_reduction(parser)
+    parser.add_argument("--seed", type=int, default=0, help="which scene to draw, >= 0")
+    parser.add_argument("--output", default="demo.png", help="the picture to write")
+    parser.add_argument("--repeats", type=int, default=5, help="timings to take the median of")
+
+
+def _run(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    parser.add_argument("--image", required=True, help="a file")
+    parser.add_argument("--prompt", required=True, help="what to ask of it")
+    add_reduction(parser)
+    parser.add_argument("--max-new-tokens", type=int, help="default: the model's own, or 64")
+    parser.add_argument("--no-restore", action="store_true", help="prune by the method alone")
+    parser.add_argument("--compare", action="store_true", help="also all tokens, and plain pruning")
+    parser.add_argument("--repeats", type=int, default=1, help="timings to take the median of")
+
+
+def _eval(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", choices=["pocket"])
+    parser.add_argument("--questions", type=int, default=2048)
+    parser.add_argument("--only", default="", help="configurations whose name has this in it")
+
+
+def _none(parser: argparse.ArgumentParser) -> None:
+    """No options."""
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Which checkpoint, where and in what dtype."""
+    parser.add_argument("--model", required=True, help="a hub id, a folder, or pocket")
+    parser.add_argument("--device", default="cpu", help="as torch names it")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the model")
+
+
+def add_reduction(parser: argparse.ArgumentParser) -> None:
+    """Which method, its budget and the attention."""
+    parser.add_argument("--method", default=DEFAULT_METHOD, help=METHODS)
+    about = f"visual tokens to keep, >= 1 (default: {DEFAULT_KEEP}, if the method takes a budget)"
+    parser.add_argument("--keep", type=int, help=about)
+    parser.add_argument(
+        "--backend", choices=BACKENDS, default="op", help="attention: our op, or torch"
+    )
+
+
+COMMANDS = (
+    Command(
+        "demo", "the built-in model on one picture: all tokens, plain, RESTORE", "demo:demo", _demo
+    ),
+    Command("run", "any supported checkpoint on one picture and prompt", "run:run", _run),
+    Command("eval", "accuracy on held-out questions", "evaluate:evaluate", _eval),
+    Command(
+        "methods",
+        "what the methods need and do, and what RESTORE means there",
+        "about:methods",
+        _none,
+    ),
+    Command("config", "facts about this build and this machine", "about:config", _none),
+)
