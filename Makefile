@@ -3,6 +3,7 @@
 # make ci      make test, and format, lint, types, packaging, a short bench, and make check-cuda
 # make check-cuda      compiles the CUDA kernels and runs them on the CPU (no GPU); -all: everything
 # make check-abi       one binary under the oldest torch and the newest, with and without CUDA
+# make docs      the documentation site, in build/site
 # make wheel wheel-cuda    wheels in dist/
 VENV ?= .venv
 PYTHON ?= python3
@@ -24,7 +25,7 @@ FEW_check := $(FEW)
 FEW_ptx80 := $(FEW) and not 96 and not 128 and (not float16 or bfloat16)
 FEW_ptx90a := $(FEW_ptx80)
 
-.PHONY: demo test ci build style types wheel wheel-cuda bench-smoke cmake matrix pocket-table clean
+.PHONY: demo test ci build docs style types wheel wheel-cuda bench-smoke cmake matrix pocket-table clean
 .PHONY: check-abi check-cuda check-cuda-all cuda-compiles
 .PHONY: emulate-tests emulate-source emulate-check emulate-ptx80 emulate-ptx90a
 
@@ -101,6 +102,10 @@ bench-smoke: build
 	for bench in bench/bench_*.py; do \
 	  $(BIN)/python -m bench.$$(basename $$bench .py) --dtype float32 --seconds 0.01 || exit 1; \
 	done
+
+# Also built, with every link checked and every code block run, by make test.
+docs: build
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 # The hook tests under each supported transformers. Not in CI.
 matrix: build

@@ -132,7 +132,7 @@ def test_demo_and_run_cut_inside_the_language_model(tmp_path, scene, capsys):
 def test_what_is_shown_of_the_first_picture_is_what_the_last_layer_has(method, given):
     model, processor = load_pocket()
     scene = held_out(2)
-    inputs = encode_prompt(POCKET_NAME, processor, scene.image, scene.question.text)
+    inputs = encode_prompt(POCKET_NAME, processor, scene.image, scene.question.text, model)
     with restore_ext.attach(model, method=method, **given) as handle:
         outcome = Task(model, processor, inputs, 1, 1).answer(method, handle)
         last, image = handle.last.stages[-1].plan, handle.last.images[0]

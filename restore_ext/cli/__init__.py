@@ -31,7 +31,7 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns 0, or 2 after a one-line error on stderr."""
-    arguments = _parser().parse_args(argv)
+    arguments = command_parser().parse_args(argv)
     command = arguments.command
     try:
         module, function = command.entry.split(":")
@@ -48,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 2
 
 
-def _parser() -> Parser:
+def command_parser() -> Parser:
+    """Of every command and its options."""
     parser = Parser(prog="restore-ext", description="Visual token reduction with RESTORE.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:

@@ -26,6 +26,7 @@ class Command:
 def _demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image", help="a picture; without it a scene is drawn")
     parser.add_argument("--question", help="one in the model's own words (pocket.WORDS)")
+    add_place(parser)
     add_reduction(parser)
     parser.add_argument("--seed", type=int, default=0, help="which scene to draw, >= 0")
     parser.add_argument("--output", default="demo.png", help="the picture to write")
@@ -56,6 +57,11 @@ def _none(parser: argparse.ArgumentParser) -> None:
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Which checkpoint, where and in what dtype."""
     parser.add_argument("--model", required=True, help="a hub id, a folder, or pocket")
+    add_place(parser)
+
+
+def add_place(parser: argparse.ArgumentParser) -> None:
+    """Where a model runs, and in what dtype."""
     parser.add_argument("--device", default="cpu", help="as torch names it")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the model")
 

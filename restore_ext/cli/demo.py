@@ -8,10 +8,10 @@ from PIL import Image
 import restore_ext
 from restore_ext import picture
 from restore_ext.cli.errors import UserError, check_reduction, one_line, open_image
-from restore_ext.cli.load import encode_prompt, quiet
+from restore_ext.cli.load import encode_prompt, load, quiet
 from restore_ext.cli.measure import Outcome, Task, table
 from restore_ext.methods import find_card
-from restore_ext.pocket import POCKET_NAME, held_out, load_pocket
+from restore_ext.pocket import POCKET_NAME, held_out
 
 QUESTION = "how many objects ?"  # of a picture that came without one
 
@@ -22,8 +22,8 @@ def demo(arguments: argparse.Namespace) -> None:
     keep = check_reduction(method, arguments.keep, arguments.repeats)
     image, question, truth = _scene(arguments)
     quiet()
-    model, processor = load_pocket()
-    inputs = encode_prompt(POCKET_NAME, processor, image, question)
+    model, processor = load(POCKET_NAME, arguments.device, arguments.dtype)
+    inputs = encode_prompt(POCKET_NAME, processor, image, question, model)
     task = Task(model, processor, inputs, max_new_tokens=1, repeats=arguments.repeats)
     outcomes = [task.answer("all tokens")]
     ways = [(False, f"{method} plain"), (True, f"{method} + RESTORE")]

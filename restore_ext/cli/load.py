@@ -45,19 +45,26 @@ def load(name: str, device: str, dtype: str) -> tuple[Any, Any]:
     return model.eval().to(target), processor
 
 
-def encode_prompt(model_name: str, processor: Any, image: Any, prompt: str) -> dict[str, Any]:
-    """Model inputs for one picture and one prompt, through the processor's chat template."""
+def encode_prompt(
+    model_name: str, processor: Any, image: Any, prompt: str, model: Any
+) -> dict[str, Any]:
+    """Inputs of `model` for one picture and one prompt, through the processor's chat template."""
     from restore_ext.pocket import encode
 
     try:
         if is_pocket(model_name):
-            return encode(processor, [image], [prompt])
-        content = [{"type": "image"}, {"type": "text", "text": prompt}]
-        chat = [{"role": "user", "content": content}]
-        text = processor.apply_chat_template(chat, add_generation_prompt=True)
-        return dict(processor(images=[image], text=[text], return_tensors="pt"))
+            encoded = encode(processor, [image], [prompt])
+        else:
+            content = [{"type": "image"}, {"type": "text", "text": prompt}]
+            chat = [{"role": "user", "content": content}]
+            text = processor.apply_chat_template(chat, add_generation_prompt=True)
+            encoded = dict(processor(images=[image], text=[text], return_tensors="pt"))
     except (ValueError, ImportError) as error:
         raise UserError(f"the prompt cannot be encoded: {one_line(error)}") from error
+    return {
+        name: value.to(model.device, model.dtype if value.is_floating_point() else None)
+        for name, value in encoded.items()
+    }
 
 
 def _require_device(name: str) -> torch.device:

@@ -20,11 +20,7 @@ def run(arguments: argparse.Namespace) -> None:
     image = open_image(arguments.image)
     quiet()
     model, processor = load(arguments.model, arguments.device, arguments.dtype)
-    encoded = encode_prompt(arguments.model, processor, image, arguments.prompt)
-    inputs = {
-        name: value.to(model.device, model.dtype if value.is_floating_point() else None)
-        for name, value in encoded.items()
-    }
+    inputs = encode_prompt(arguments.model, processor, image, arguments.prompt, model)
     limit = new_tokens or model.generation_config.max_new_tokens or NEW_TOKENS
     task = Task(model, processor, inputs, limit, arguments.repeats)
     outcomes = [task.answer("all tokens")] if arguments.compare else []
