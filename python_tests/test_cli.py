@@ -253,7 +253,7 @@ def test_without_an_extra_it_says_which_and_config_still_works(absent):
     code += "sys.exit(main(['config']) or main(['demo']))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 2 and "CPU" in done.stdout
-    install = 'pip install "transformers>=4.57.6,<6" accelerate pillow tqdm'
+    install = 'pip install "transformers>=4.57.6,<6" accelerate pillow tqdm matplotlib'
     assert done.stderr == f"restore-ext: error: demo needs {absent}: {install}\n"
 
 

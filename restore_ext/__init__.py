@@ -20,7 +20,13 @@ from restore_ext.reduction import Reduction
 from restore_ext.rope import rope_decay
 
 if TYPE_CHECKING:
-    from restore_ext.hf import attach, find_withdrawal_layer, list_families, prepare_inputs
+    from restore_ext.hf import (
+        attach,
+        diagnose,
+        find_withdrawal_layer,
+        list_families,
+        prepare_inputs,
+    )
 
 __version__ = "0.1.0"
 __all__ = [
@@ -29,6 +35,7 @@ __all__ = [
     "attach",
     "calibrated_attention",
     "calibrated_attention_paged",
+    "diagnose",
     "find_withdrawal_layer",
     "list_families",
     "list_methods",
@@ -45,9 +52,12 @@ __all__ = [
 ]
 
 
+_OF_HF = ("attach", "diagnose", "find_withdrawal_layer", "list_families", "prepare_inputs")
+
+
 def __getattr__(name: str) -> Any:
     # The hook needs transformers, the rest of the package does not.
-    if name in ("attach", "find_withdrawal_layer", "list_families", "prepare_inputs"):
+    if name in _OF_HF:
         from restore_ext import hf
 
         return getattr(hf, name)

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from restore_ext.cli.commands import COMMANDS
 from restore_ext.cli.errors import UserError
 
-INSTALL = 'pip install "transformers>=4.57.6,<6" accelerate pillow tqdm'
+INSTALL = 'pip install "transformers>=4.57.6,<6" accelerate pillow tqdm matplotlib'
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):

@@ -44,6 +44,18 @@ def _run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=1, help="timings to take the median of")
 
 
+def _diagnose(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    parser.add_argument("--image", help="a file; without it pocket draws a scene")
+    parser.add_argument("--prompt", help="what to ask of it; of a drawn scene its own question")
+    add_reduction(parser)
+    parser.add_argument("--output", default="diagnosis", help="the folder to write into")
+    about = "tokens to decode at most (default: 8; pocket: 1, its answers are a word)"
+    parser.add_argument("--new-tokens", type=int, help=about)
+    parser.add_argument("--seed", type=int, default=0, help="pocket: which scene to draw, >= 0")
+    parser.add_argument("--scenes", type=int, help="pocket: average over so many, from --seed on")
+
+
 def _eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", choices=["pocket"])
     parser.add_argument("--questions", type=int, default=2048)
@@ -81,6 +93,12 @@ COMMANDS = (
         "demo", "the built-in model on one picture: all tokens, plain, RESTORE", "demo:demo", _demo
     ),
     Command("run", "any supported checkpoint on one picture and prompt", "run:run", _run),
+    Command(
+        "diagnose",
+        "attention on visual tokens layer by layer, states and words, beside the full model's",
+        "diagnose:diagnose",
+        _diagnose,
+    ),
     Command("eval", "accuracy on held-out questions", "evaluate:evaluate", _eval),
     Command(
         "methods",

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from restore_ext import ops, profiling, reference
 
+_ROWS = 256  # at a time, where there is no operator
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -50,11 +52,30 @@ class Asked:
         )
 
 
-def row_scores(backend: str, query: Tensor, key: Tensor, **arguments: Any) -> Tensor:
-    """By the operator, where attention is by one."""
+def row_scores(
+    backend: str, query: Tensor, key: Tensor, *, weight: Tensor | None = None, **arguments: Any
+) -> Tensor:
+    """By the operator, where attention is by one; else a few rows at a time, so that no attention
+    matrix of all of them is there at once."""
     if backend == "op":
-        return ops.row_scores(query, key, **arguments)
-    return reference.row_scores(query.float(), key.float(), **arguments)
+        return ops.row_scores(query, key, weight=weight, **arguments)
+    B, _, R, _ = query.shape
+    if weight is None:
+        weight = torch.full((B, R), 1 / max(R, 1), device=query.device)
+    total = torch.zeros(B, key.shape[2], device=query.device)
+    for first in range(0, R, _ROWS):
+        rows = slice(first, first + _ROWS)
+        of_rows = {n: _of_rows(n, x, rows) for n, x in arguments.items()}
+        some = query[:, :, rows].float()
+        total += reference.row_scores(some, key.float(), weight=weight[:, rows], **of_rows)
+    return total
+
+
+def _of_rows(name: str, argument: Any, rows: slice) -> Any:
+    """Of an argument of row_scores(), what belongs to some of the rows."""
+    if argument is not None and name == "key_range":
+        return argument[:, rows]
+    return argument[..., rows] if argument is not None and name == "query_position" else argument
 
 
 @torch.no_grad()

@@ -197,7 +197,7 @@ def received_attention(
         total += _masked(logits, mask, first).softmax(-1).sum(2)
     if mask is None:
         return total.mean(1) / N
-    return total.mean(1) / _allowed(mask).expand(-1, 1, N, -1).sum((1, 2)).clamp(min=1)
+    return total.mean(1) / allowed(mask).expand(-1, 1, N, -1).sum((1, 2)).clamp(min=1)
 
 
 def received_from_all(
@@ -208,7 +208,8 @@ def received_from_all(
     return received_attention(query, key, scale, mask)[:, 1:]
 
 
-def _allowed(mask: Tensor) -> Tensor:
+def allowed(mask: Tensor) -> Tensor:
+    """A mask of stock, bool or what is added to the logits, as bool: True where a key is seen."""
     return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
@@ -220,7 +221,7 @@ def _masked(logits: Tensor, mask: Tensor | None, first: int) -> Tensor:
         mask = mask[:, :, first : first + logits.shape[2]]
     if mask.dtype != torch.bool:
         logits = logits + mask
-    return logits.masked_fill(~_allowed(mask), torch.finfo(logits.dtype).min)
+    return logits.masked_fill(~allowed(mask), torch.finfo(logits.dtype).min)
 
 
 def remember(output: Any, seen: Seen) -> None:

@@ -1,0 +1,192 @@
+"""`restore-ext diagnose`: what a reduction does to a model's attention, states and words."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib  # noqa: F401  first: where it is missing, that is said before any work is done
+from PIL import Image
+
+import restore_ext
+from restore_ext.cli.errors import UserError, check_reduction, one_line, open_image
+from restore_ext.cli.load import encode_prompt, load, quiet
+from restore_ext.hf.diagnosis import Diagnosis, join
+from restore_ext.hf.diagnosis.maps import (
+    TITLES,
+    as_picture,
+    draw_attention,
+    draw_tokens,
+    find_bases,
+)
+from restore_ext.hf.diagnosis.plots import plot_distances, plot_shares
+from restore_ext.hf.diagnosis.run import DEFAULT_NEW_TOKENS
+from restore_ext.pocket import encode, held_out, is_pocket
+
+BATCH = 8  # scenes at a time
+GREY = ([0.5] * 3, [0.5] * 3)  # how pictures are normalised where the processor does not say
+Asked = list[tuple[Image.Image, str]]
+
+
+def diagnose(arguments: argparse.Namespace) -> None:
+    """Prints the table and writes numbers, plots and heat maps into the folder."""
+    keep = check_reduction(arguments.method, arguments.keep, repeats=1)
+    pocket = is_pocket(arguments.model)
+    asked = _asked(arguments, pocket)
+    new_tokens = arguments.new_tokens
+    if new_tokens is None:
+        new_tokens = 1 if pocket else DEFAULT_NEW_TOKENS
+    elif new_tokens < 1:
+        raise UserError(f"--new-tokens must be at least 1, got {new_tokens}")
+    folder = _folder(arguments.output)
+    quiet()
+    model, processor = load(arguments.model, arguments.device, arguments.dtype)
+    reduction = {"method": arguments.method, "backend": arguments.backend}
+    if keep is not None:
+        reduction["keep"] = keep
+    batches = [
+        _to(model, _encode(arguments.model, processor, asked[first : first + BATCH]))
+        for first in range(0, len(asked), BATCH)
+    ]
+    parts = []
+    for inputs in _with_progress(batches):
+        try:
+            parts.append(restore_ext.diagnose(model, inputs, new_tokens=new_tokens, **reduction))
+        except (ValueError, TypeError, NotImplementedError) as error:
+            raise UserError(f"--model: {arguments.model}: {one_line(error)}") from error
+    summary = {"model": arguments.model, **join(parts).summary()}
+    _say(asked, processor, parts[0], summary)
+    try:
+        (folder / "diagnosis.json").write_text(json.dumps(summary, indent=1, allow_nan=False))
+        print(f"numbers    {folder / 'diagnosis.json'}")
+        for name, plot in (("shares", plot_shares), ("distances", plot_distances)):
+            plot(summary).savefig(folder / f"{name}.png")
+            print(f"plot       {folder / name}.png")
+        _draw(folder, model, processor, parts[0], batches[0], asked[0])
+    except OSError as error:
+        raise UserError(f"--output: {folder} cannot be written: {one_line(error)}") from error
+
+
+def _asked(arguments: argparse.Namespace, pocket: bool) -> Asked:
+    """The pictures and what is asked of each."""
+    if arguments.image is not None:
+        if arguments.scenes is not None:
+            raise UserError("--scenes must not be given with --image: scenes are drawn")
+        if arguments.prompt is None:
+            raise UserError("--prompt must be given with --image")
+        return [(open_image(arguments.image), arguments.prompt)]
+    if not pocket:
+        raise UserError(f"--image must be given for {arguments.model}; only pocket draws its own")
+    scenes = 1 if arguments.scenes is None else arguments.scenes
+    if scenes < 1:
+        raise UserError(f"--scenes must be at least 1, got {scenes}")
+    if arguments.seed < 0:
+        raise UserError(f"--seed must be at least 0, got {arguments.seed}")
+    drawn = [held_out(arguments.seed + number) for number in range(scenes)]
+    return [(scene.image, arguments.prompt or scene.question.text) for scene in drawn]
+
+
+def _folder(name: str) -> Path:
+    folder = Path(name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output: {name} cannot be made a folder: {one_line(error)}") from error
+    return folder
+
+
+def _encode(model_name: str, processor: Any, asked: Asked) -> dict[str, Any]:
+    if len(asked) == 1:
+        return encode_prompt(model_name, processor, *asked[0])
+    try:
+        return encode(processor, [picture for picture, _ in asked], [text for _, text in asked])
+    except ValueError as error:
+        raise UserError(f"the prompt cannot be encoded: {one_line(error)}") from error
+
+
+def _to(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: value.to(model.device, model.dtype if value.is_floating_point() else None)
+        for name, value in inputs.items()
+    }
+
+
+def _with_progress(batches: list[dict[str, Any]]) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(batches, unit="batch", disable=len(batches) == 1)
+
+
+def _say(asked: Asked, processor: Any, first: Diagnosis, summary: dict[str, Any]) -> None:
+    """Prints the table."""
+    if len(asked) == 1:
+        answer = processor.batch_decode(first.answer, skip_special_tokens=True)[0]
+        print(f"prompt     {asked[0][1]}\nanswer     {' '.join(answer.split())}\n")
+    else:
+        print(f"mean of {len(asked)} scenes, ± 95 % interval\n")
+    rows = [["", "visual tokens", "distance", "cosine visual", "cosine last", "KL nats", "top-1"]]
+    several = first.answer.shape[1] > 1
+    rows[0] += ["KL answer", "top-1 answer"] if several else []
+    rows.append([TITLES["full"], _tokens(summary["full"])])
+    for name, way in summary["ways"].items():
+        found = [way["distance"]["overall"], way["cosine"]["visual"], way["cosine"]["last"]]
+        found += [way[of][when] for when in ("first", "answer")[: 1 + several] for of in _OUTPUT]
+        rows.append([TITLES[name], _tokens(way), *map(_number, found)])
+    print(_aligned(rows))
+    for name, reason in summary["left_out"].items():
+        print(f"{TITLES[name]}: left out: {reason}")
+    print()
+
+
+_OUTPUT = ("kl", "top1")
+
+
+def _tokens(run: dict[str, Any]) -> str:
+    first, last = run["visual_tokens"][0], run["visual_tokens"][-1]
+    return f"{first:.0f}" if first == last else f"{first:.0f} to {last:.0f}"
+
+
+def _number(found: dict[str, float | None]) -> str:
+    if found["mean"] is None:
+        return "-"
+    half = found["half_width"]
+    return f"{found['mean']:.3f}" if half is None else f"{found['mean']:.3f} ± {half:.3f}"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(rows[0]))]
+    lines = []
+    for first, *others in rows:
+        cells = [cell.rjust(w) for cell, w in zip(others, widths[1:], strict=False)]
+        lines.append("  ".join([first.ljust(widths[0]), *cells]))
+    lines.insert(1, "-" * max(map(len, lines)))
+    return "\n".join(lines)
+
+
+def _draw(
+    folder: Path,
+    model: Any,
+    processor: Any,
+    diagnosis: Diagnosis,
+    inputs: dict[str, Any],
+    asked: tuple[Image.Image, str],
+) -> None:
+    """Writes the sheets of the first prompt's images."""
+    of = processor.image_processor
+    norm = [
+        getattr(of, f"image_{n}", None) or g for n, g in zip(("mean", "std"), GREY, strict=True)
+    ]
+    bases = find_bases(model, inputs, [len(image.index) for image in diagnosis.images])
+    for number, base in enumerate(bases):
+        if diagnosis.images[number].row > 0:
+            break
+        if base.grid is None:
+            print(f"heat maps  left out for image {number}: {base.reason}")
+            continue
+        picture = asked[0] if base.pixels is None else as_picture(base.pixels, *norm)
+        for name, draw in (("tokens", draw_tokens), ("attention", draw_attention)):
+            file = folder / f"{name}_{number}.png"
+            sheet = draw(diagnosis, number, picture, base.grid, asked[1])
+            sheet.save(file, optimize=True)
+            print(f"heat map   {file}" if name == "attention" else f"tokens     {file}")
