@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from restore_ext.picture import MARGIN, PAPER, SIDE, Panel, explain, show
+from restore_ext.picture import MARGIN, PAPER, SIDE, Heat, Panel, explain, show, warm
 from restore_ext.reduce import reduce_tokens
 
 RED = Image.new("RGB", (90, 90), (200, 30, 30))
@@ -65,6 +65,34 @@ def test_panels_stand_side_by_side_under_the_heading():
     left, right = changed[:, : MARGIN + SIDE], changed[:, MARGIN + SIDE :]
     assert left[:76].any() and not left[76 : 76 + SIDE].any() and left[76 + SIDE :].any()
     assert right[76 : 76 + SIDE].any()
+
+
+def test_attention_is_bright_where_it_falls_on_a_grid_of_any_shape():
+    values = [i / 11 for i in range(12)]
+    picture = warm(RED, Heat(values, most=1.0), (3, 4))
+    assert picture.size == (SIDE, SIDE * 3 // 4)
+    step = SIDE // 4
+    cells = np.asarray(picture).astype(int)[step // 2 :: step, step // 2 :: step].sum(-1).ravel()
+    assert len(cells) == 12 and (np.diff(cells) > 0).all()
+    again = warm(RED, Heat([2 * v for v in values], most=1.0), (3, 4))
+    assert (np.asarray(again)[-1, -1] == np.asarray(picture)[-1, -1]).all(), "no more than bright"
+    blank = np.asarray(warm(RED, Heat([0.0] * 12, most=0.0), (3, 4)))
+    assert (blank == blank[0, 0]).all()
+    with pytest.raises(
+        ValueError, match=r"heat must be of a grid of 3 x 5 of tokens, got \[1, 12\]"
+    ):
+        warm(RED, Heat(values, most=1.0), (3, 5))
+
+
+def test_a_reduction_of_a_grid_that_is_no_square_is_drawn_in_its_proportions():
+    r = reduction(restore=False, N=24)
+    picture = show(RED, r, (4, 6))
+    assert picture.size == (SIDE, SIDE * 4 // 6)
+    step = SIDE // 6
+    seen = np.asarray(picture).astype(int)[step // 8 :: step, step // 8 :: step].reshape(-1, 3)
+    assert (((seen == (200, 30, 30)).all(1)) == (r.group[0] >= 0).numpy()).all()
+    tall = explain(RED, "", [Panel("", "", r)] * 3, grid=(6, 4), columns=2)
+    assert tall.width == 3 * MARGIN + 2 * SIDE and tall.height > 2 * SIDE
 
 
 def test_a_reduction_that_is_no_square_grid_is_refused():

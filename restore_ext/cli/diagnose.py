@@ -188,5 +188,5 @@ def _draw(
         for name, draw in (("tokens", draw_tokens), ("attention", draw_attention)):
             file = folder / f"{name}_{number}.png"
             sheet = draw(diagnosis, number, picture, base.grid, asked[1])
-            sheet.save(file, optimize=True)
+            sheet.save(file)
             print(f"heat map   {file}" if name == "attention" else f"tokens     {file}")
