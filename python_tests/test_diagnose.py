@@ -12,7 +12,15 @@ import restore_ext
 from restore_ext.hf import scores
 from restore_ext.hf.diagnosis import join
 from restore_ext.hf.diagnosis.probe import Probe
-from restore_ext.testing.models import ONE_IMAGE, RAGGED, TEXT_ONLY, TINY, join_rows, make_inputs
+from restore_ext.testing.models import (
+    ONE_IMAGE,
+    RAGGED,
+    TEXT_ONLY,
+    TINY,
+    Picture,
+    join_rows,
+    make_inputs,
+)
 
 WAYS = {
     "reindexed": {"restore": False, "positions": "reindex", "calibrate": "none"},
@@ -29,7 +37,14 @@ INSIDE = {
     },
 }
 CASES = [(family, "on the way in") for family in sorted({*TINY} - {"llava_onevision_several"})]
-CASES += [("llava", "two cuts"), ("qwen2_5_vl", "merges"), ("gemma3", "merges")]
+CASES += [
+    ("llava", "image first"),
+    ("llava", "two cuts"),
+    ("qwen2_5_vl", "merges"),
+    ("gemma3", "merges"),
+]
+# The first row is the longer one, and is padded once it is reduced: its first token is visual.
+IMAGE_FIRST = [(Picture(), Picture(), 3), (50, Picture(), 10)]
 WORDS = 2
 TOLERANCE = 2e-4  # of shares in 0..1, float32 beside float64
 
@@ -44,7 +59,7 @@ def close(got, want, tolerance=TOLERANCE):
 @pytest.mark.parametrize(("family", "kind"), CASES)
 def test_a_ragged_batch_is_what_float64_finds_row_by_row(monkeypatch, family, kind):
     monkeypatch.setattr(scores, "_ROWS", 7)  # without the operator, so many rows at a time
-    rows = [ROWS[0], ROWS[2]]
+    rows = IMAGE_FIRST if kind == "image first" else [ROWS[0], ROWS[2]]
     options = INSIDE.get(kind, UNIFORM)
     options = {**options, "backend": "mask" if kind == "two cuts" else "op"}
     alone = row_inputs(family, rows)

@@ -12,7 +12,6 @@ from PIL import Image
 
 import restore_ext
 from restore_ext.cli import main
-from restore_ext.cli.load import encode_prompt
 from restore_ext.hf.diagnosis.maps import as_picture, draw_attention, draw_tokens, find_bases
 from restore_ext.hf.diagnosis.plots import plot_distances, plot_shares
 from restore_ext.picture import MARGIN, SIDE
@@ -81,7 +80,7 @@ def test_the_cases_are_all_families():
 def test_a_picture_is_what_the_model_sees():
     loaded = load_pocket()[1]
     scene = held_out(3).image
-    inputs = encode_prompt("pocket", loaded, scene, "how many objects ?")
+    inputs = encode(loaded, [scene], ["how many objects ?"])
     of = loaded.image_processor
     [base] = find_bases(None, inputs, [576])
     assert base.grid == (24, 24)
@@ -93,7 +92,7 @@ def test_a_picture_is_what_the_model_sees():
 def diagnosis():
     pocket, processor = load_pocket()
     scene = held_out(0)
-    inputs = encode_prompt("pocket", processor, scene.image, scene.question.text)
+    inputs = encode(processor, [scene.image], [scene.question.text])
     return restore_ext.diagnose(pocket, inputs, method="divprune", keep=64, new_tokens=1)
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 import restore_ext
 from restore_ext.cli.errors import UserError, check_reduction, one_line, open_image
-from restore_ext.cli.load import encode_prompt, load, quiet
+from restore_ext.cli.load import encode_prompts, load, quiet
 from restore_ext.hf.diagnosis import Diagnosis, join
 from restore_ext.hf.diagnosis.maps import (
     TITLES,
@@ -22,7 +22,7 @@ from restore_ext.hf.diagnosis.maps import (
 )
 from restore_ext.hf.diagnosis.plots import plot_distances, plot_shares
 from restore_ext.hf.diagnosis.run import DEFAULT_NEW_TOKENS
-from restore_ext.pocket import encode, held_out, is_pocket
+from restore_ext.pocket import held_out, is_pocket
 
 BATCH = 8  # scenes at a time
 GREY = ([0.5] * 3, [0.5] * 3)  # how pictures are normalised where the processor does not say
@@ -45,10 +45,10 @@ def diagnose(arguments: argparse.Namespace) -> None:
     reduction = {"method": arguments.method, "backend": arguments.backend}
     if keep is not None:
         reduction["keep"] = keep
-    batches = [
-        _to(model, _encode(arguments.model, processor, asked[first : first + BATCH]))
-        for first in range(0, len(asked), BATCH)
-    ]
+    batches = []
+    for first in range(0, len(asked), BATCH):
+        pictures, questions = zip(*asked[first : first + BATCH], strict=True)
+        batches.append(encode_prompts(arguments.model, processor, pictures, questions, model))
     parts = []
     for inputs in _with_progress(batches):
         try:
@@ -94,22 +94,6 @@ def _folder(name: str) -> Path:
     except OSError as error:
         raise UserError(f"--output: {name} cannot be made a folder: {one_line(error)}") from error
     return folder
-
-
-def _encode(model_name: str, processor: Any, asked: Asked) -> dict[str, Any]:
-    if len(asked) == 1:
-        return encode_prompt(model_name, processor, *asked[0])
-    try:
-        return encode(processor, [picture for picture, _ in asked], [text for _, text in asked])
-    except ValueError as error:
-        raise UserError(f"the prompt cannot be encoded: {one_line(error)}") from error
-
-
-def _to(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: value.to(model.device, model.dtype if value.is_floating_point() else None)
-        for name, value in inputs.items()
-    }
 
 
 def _with_progress(batches: list[dict[str, Any]]) -> Any:

@@ -1,7 +1,7 @@
 """Loads any supported checkpoint with its processor, and says in one line why it cannot."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,16 +49,29 @@ def encode_prompt(
     model_name: str, processor: Any, image: Any, prompt: str, model: Any
 ) -> dict[str, Any]:
     """Inputs of `model` for one picture and one prompt, through the processor's chat template."""
+    return encode_prompts(model_name, processor, [image], [prompt], model)
+
+
+def encode_prompts(
+    model_name: str, processor: Any, images: Sequence[Any], prompts: Sequence[str], model: Any
+) -> dict[str, Any]:
+    """The same for a batch, a picture to each prompt."""
     from restore_ext.pocket import encode
 
     try:
         if is_pocket(model_name):
-            encoded = encode(processor, [image], [prompt])
+            encoded = encode(processor, images, prompts)
         else:
-            content = [{"type": "image"}, {"type": "text", "text": prompt}]
-            chat = [{"role": "user", "content": content}]
-            text = processor.apply_chat_template(chat, add_generation_prompt=True)
-            encoded = dict(processor(images=[image], text=[text], return_tensors="pt"))
+            texts = []
+            for prompt in prompts:
+                content = [{"type": "image"}, {"type": "text", "text": prompt}]
+                chat = [{"role": "user", "content": content}]
+                texts.append(processor.apply_chat_template(chat, add_generation_prompt=True))
+            encoded = dict(
+                processor(
+                    images=list(images), text=texts, padding=len(texts) > 1, return_tensors="pt"
+                )
+            )
     except (ValueError, ImportError) as error:
         raise UserError(f"the prompt cannot be encoded: {one_line(error)}") from error
     return {

@@ -76,7 +76,7 @@ class Probe:
             source = report.source.cpu()
             standing = self.assign.gather(1, source) == torch.arange(T)  # padding stands nowhere
             is_visual = is_visual.gather(1, source) & standing
-            behind = behind.gather(1, source) & standing
+            behind = behind.gather(1, source)
         last = (torch.arange(T) == T - 1).expand_as(is_visual)
         return dict(zip(QUERIES, (is_visual, behind, last), strict=True))
 
