@@ -17,6 +17,7 @@ from restore_ext.testing.models import (
     RAGGED,
     TEXT_ONLY,
     TINY,
+    VERSION,
     Picture,
     join_rows,
     make_inputs,
@@ -46,6 +47,8 @@ CASES += [
 # The first row is the longer one, and is padded once it is reduced: its first token is visual.
 IMAGE_FIRST = [(Picture(), Picture(), 3), (50, Picture(), 10)]
 WORDS = 2
+# 4.57 gets the second word of a padded row wrong by itself, in layers with a sliding window.
+ONE_WORD = ("paligemma2",) if VERSION < (5, 0) else ()
 TOLERANCE = 2e-4  # of shares in 0..1, float32 beside float64
 
 
@@ -64,7 +67,8 @@ def test_a_ragged_batch_is_what_float64_finds_row_by_row(monkeypatch, family, ki
     options = {**options, "backend": "mask" if kind == "two cuts" else "op"}
     alone = row_inputs(family, rows)
     inputs = join_rows(alone)
-    found = restore_ext.diagnose(model(family), inputs, new_tokens=WORDS, **options)
+    words = 1 if family in ONE_WORD else WORDS
+    found = restore_ext.diagnose(model(family), inputs, new_tokens=words, **options)
     reindexes = "reindexed" in found.ways
     assert reindexes == (found.left_out == {}) and {*WAYS} - {*found.ways} <= {"reindexed"}
     handles = {}
