@@ -45,7 +45,7 @@ def diagnose(
 
     The full model answers greedily; then, for each way of reducing, the same prompt goes through
     the attached model, which is made to say the same words. On the way are measured: the share of
-    attention on visual tokens in every layer (after RESTORE, arXiv 2606.01711, figure 2), for visual
+    attention on visual tokens in every layer (after figure 2 of RESTORE, 2606.01711), for visual
     queries, for the text behind the image and for the last token, of the logits as calibrated; the
     states behind the last norm; the distribution of every next word.
 
