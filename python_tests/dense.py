@@ -1,9 +1,9 @@
 """What a hooked model of any family must say, by its own layers: no cache, no hook of ours.
 
-As naive.py, but the layers are the model's, in float64 with eager attention, and run once over the
-prompt and its answer. Everything between them is recomputed: merged features, positions, who sees
-whom (from the mask that stock made for all tokens), sizes and distances, as one dense bias a layer.
-From a report it takes only the plan.
+As naive.py, but the layers are the model's, in float64 (quantised ones as they are) with eager
+attention, and run once over the prompt and its answer. Everything between them is recomputed:
+merged features, positions, who sees whom (from the mask that stock made for all tokens), sizes and
+distances, as one dense bias a layer. From a report it takes only the plan.
 """
 
 import copy
@@ -42,7 +42,7 @@ class Now:
         tail = list(range(T, L))
         members, left = [*cut.members, *([i] for i in tail)], [*cut.source, *tail]
         weight = [self.size[m] / self.size[m].sum() for m in members]
-        x = torch.stack([w @ x[0, m] for w, m in zip(weight, members, strict=True)])[None]
+        x = torch.stack([w.to(x) @ x[0, m] for w, m in zip(weight, members, strict=True)])[None]
         self.size = torch.stack([self.size[m].sum() for m in members])
         self.source, self.position = self.source[cut.source], self.position[:, left]
         self.reduced = True
@@ -52,8 +52,13 @@ class Now:
 class Dense:
     """A model, and its language model's decoder layers with their attention masks replaced."""
 
-    def __init__(self, model, lm_name: str = "language_model"):
-        self.model = copy.deepcopy(model).double()
+    def __init__(self, model, lm_name: str = "language_model", dtype: torch.dtype = torch.float64):
+        """dtype  to compute in; that of the model leaves it as it is, as quantised layers have to
+        be"""
+        self.model = copy.deepcopy(model)
+        if dtype != model.dtype:
+            self.model.to(dtype)
+        self.dtype = dtype
         self.model.set_attn_implementation("eager")
         self.inner = self.model.model
         self.lm = getattr(self.inner, lm_name)
@@ -74,8 +79,8 @@ class Dense:
             allowed.append(_allowed(kwargs["attention_mask"], S))
 
         hooks += [x.register_forward_pre_hook(note, with_kwargs=True) for x in self.lm.layers]
-        doubles = {n: x.double() if x.is_floating_point() else x for n, x in inputs.items()}
-        self.model(**doubles, use_cache=False)
+        given = {n: x.to(self.dtype) if x.is_floating_point() else x for n, x in inputs.items()}
+        self.model(**given, use_cache=False)
         for hook in hooks:
             hook.remove()
         position = seen.get("position_ids")
