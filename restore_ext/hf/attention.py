@@ -17,6 +17,7 @@ from transformers import AttentionInterface
 from restore_ext import ops, reference
 from restore_ext.hf.cache import Side
 from restore_ext.hf.compat import attention_named
+from restore_ext.hf.parallel import Heads
 from restore_ext.hf.scores import Asked
 from restore_ext.hf.visible import Blocks, key_range
 
@@ -53,6 +54,7 @@ class Calibration:
     """
 
     backend: str
+    heads: Heads
     decays: Sequence[Tensor | None]  # per layer, [G, P] float32 where there is a distance term
     windows: Sequence[int | None]  # per layer
     window_cuts_blocks: bool
@@ -71,7 +73,12 @@ class Calibration:
     def anew(self) -> "Calibration":
         """Of the same forward, with nothing known of any layer."""
         return Calibration(
-            self.backend, self.decays, self.windows, self.window_cuts_blocks, self.near
+            self.backend,
+            self.heads,
+            self.decays,
+            self.windows,
+            self.window_cuts_blocks,
+            self.near,
         )
 
     def parts(self, layer: int) -> list[tuple[int, int, dict[str, Any]]]:
@@ -131,6 +138,7 @@ class Calibration:
         scores = asked.scores(
             query[:, :, first:past], key[:, :, :K], arguments, kwargs, self.backend
         )
+        scores = self.heads.mean(scores, query.shape[1])
         self.scores[layer] = pad(scores[:, K - past :], (0, asked.draft))
 
     def mask(self, layer: int, dtype: torch.dtype) -> Tensor:

@@ -20,6 +20,7 @@ from restore_ext.hf.descent import Descent, Extent
 from restore_ext.hf.families import Family
 from restore_ext.hf.generation import drafted, in_chunks, watch_generation
 from restore_ext.hf.images import images_of_rows, reduce_images, without_separators
+from restore_ext.hf.parallel import keep_encoded
 from restore_ext.hf.patches import Patches
 from restore_ext.hf.settings import Settings
 from restore_ext.hf.view import View, side_before
@@ -65,6 +66,7 @@ class Hooks:
     def install(self, patches: Patches) -> None:
         family = self.family
         family.install(patches, self.settings)
+        keep_encoded(patches, family.model)
         patches.hook(family.model, "forward_pre_hook", self._before_model, with_kwargs=True)
         patches.hook(family.inner, "forward_pre_hook", self._before_inner, with_kwargs=True)
         for module in (family.model, family.inner):
@@ -290,6 +292,7 @@ class Hooks:
         layer_count = len(self.family.lm.layers)
         calibration = Calibration(
             backend=self.settings.backend,
+            heads=self.family.heads,
             decays=self._decay_tables(reach, embeds.device) if far else [None] * layer_count,
             windows=self.family.windows,
             window_cuts_blocks=self.family.window_cuts_blocks,
@@ -371,7 +374,7 @@ def _remembered(encoded: Any) -> tuple[list[Tensor], Seen | None]:
     if features and seen is None:
         raise NotImplementedError(
             "mm_encoder_outputs must come whole from get_image_features() of this model, attached "
-            "and enabled; got features of elsewhere (accelerate copies them where the vision tower "
-            "is on another device than the inputs)"
+            "and enabled; got features of elsewhere (accelerate copies them where it dispatches a "
+            "model that is attached: attach after that)"
         )
     return features if seen is None else seen.split(features), seen

@@ -58,8 +58,9 @@ def plan_sequence(
     device = is_image.device
     before = [reduction.group.shape[1] for reduction in reductions]
     after = [reduction.position.shape[1] for reduction in reductions]
-    group, position = _joined(reductions, before, after)
-    size = torch.cat([reduction.size[0] for reduction in reductions])
+    # The vision tower may be on another device than the language model.
+    group, position = (x.to(device) for x in _joined(reductions, before, after))
+    size = torch.cat([reduction.size[0] for reduction in reductions]).to(device)
     share = torch.tensor([n / m for n, m in zip(before, after, strict=True)], device=device)
     uniform = share.repeat_interleave(torch.tensor(after, device=device), output_size=sum(after))
 

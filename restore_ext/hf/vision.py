@@ -165,6 +165,7 @@ def watched(
     record = _RECORD.get()
     # What is recorded may be for prepare_inputs(), while attach() watches for a method of its own.
     if record is not None and record.settings.needs_scores:
+        _require_all_heads(module, query)
         scaling = kwargs.get("scaling")
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         with torch.no_grad():
@@ -173,6 +174,17 @@ def watched(
             if record.settings.chosen.metric == KEYS:
                 record.keys.append(key.float().mean(1)[:, -scores.shape[1] :])
     return stock_attention(module, query, key, value, attention_mask, **kwargs)
+
+
+def _require_all_heads(module: Any, query: Tensor) -> None:
+    config = module.config
+    heads = getattr(config, "num_attention_heads", None) or config.num_heads
+    if query.shape[1] != heads:
+        raise NotImplementedError(
+            "model: the vision tower's attention must not be divided over ranks for a method that "
+            f"reads it, got {query.shape[1]} of {heads} heads here; choose a method that needs no "
+            "scores, or leave the tower out of tp_plan"
+        )
 
 
 def cls_attention(query: Tensor, key: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:

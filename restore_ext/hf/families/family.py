@@ -13,6 +13,7 @@ from torch import Tensor
 from restore_ext import checks, profiling
 from restore_ext.hf.attention import PREPARED, STATE, require_mask_attention
 from restore_ext.hf.compat import image_features, layer_rotation
+from restore_ext.hf.parallel import Heads, devices
 from restore_ext.hf.patches import Patches
 from restore_ext.hf.settings import Settings
 from restore_ext.hf.vision import Record, Seen
@@ -69,6 +70,11 @@ class Family(ABC):
         return head_size or config.hidden_size // config.num_attention_heads
 
     @property
+    def heads(self) -> Heads:
+        """The query heads of a decoder layer."""
+        return Heads.of(self.model, self.attentions[0], self.lm.config.num_attention_heads)
+
+    @property
     def first_cut(self) -> int:
         """The first layer whose input may be cut."""
         return 1
@@ -121,8 +127,7 @@ class Family(ABC):
             return f"the op needs a head size of 32 to 256 in steps of 8, got {self._head_size}"
         if any(hasattr(module, "sinks") for module in self.attentions):
             return "the op has no attention sinks"
-        devices = dict.fromkeys(parameter.device for parameter in self.model.parameters())
-        return next(filter(None, map(checks.why_no_kernels, devices)), None)
+        return next(filter(None, map(checks.why_no_kernels, devices(self.model))), None)
 
     def require(self, settings: Settings) -> None:
         """Raises for a model the hook cannot serve with these settings."""
@@ -160,9 +165,13 @@ class Family(ABC):
     def glance(self, layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> None:
         """Has the attention of a decoder layer called on the layer's input [B, T, C], with the
         layer's keyword arguments and no mask and no cache."""
+        device = next(layer.parameters()).device
+        if device.type == "meta":  # accelerate brings the parameters to where the input is
+            device = hidden.device
+        rotation = layer_rotation(layer, kwargs)
         layer.self_attn(
-            hidden_states=layer.input_layernorm(hidden),
-            position_embeddings=layer_rotation(layer, kwargs),
+            hidden_states=layer.input_layernorm(hidden.to(device)),
+            position_embeddings=tuple(x.to(device) for x in rotation),
             attention_mask=None,
             **{STATE: kwargs[STATE]},
         )
