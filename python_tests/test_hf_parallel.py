@@ -144,3 +144,14 @@ def test_heads_on_unknown_ranks_are_refused_and_those_of_one_are_left_alone():
     assert heads == Heads(4, None) and heads.mean(scores, 4) is scores
     with pytest.raises(NotImplementedError, match="2 of 4 heads"):
         heads.mean(scores, 2)
+
+
+def test_a_vision_tower_whose_heads_are_elsewhere_cannot_be_read():
+    model, inputs = tiny_model("llava"), make_inputs("llava")
+    with restore_ext.attach(model, method="vispruner", keep=5):
+        model.config.vision_config.num_attention_heads *= 2  # as if half of them were here
+        with pytest.raises(NotImplementedError, match=r"vision tower.*got 2 of 4 heads here"):
+            forward(model, inputs)
+    with restore_ext.attach(model, method="divprune", keep=5) as handle:
+        forward(model, inputs)
+        assert handle.last.images
