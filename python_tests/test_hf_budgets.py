@@ -4,7 +4,19 @@ from fractions import Fraction
 
 import pytest
 import torch
-from hf_harness import assert_is_naive, attach, each_family, forward, generate
+from hf_harness import (
+    answers,
+    assert_close,
+    assert_is_naive,
+    attach,
+    beam_rows,
+    each_family,
+    forward,
+    generate,
+    logits,
+)
+from naive_stages import expected as with_cuts
+from naive_stages import setting_of
 
 import restore_ext
 from restore_ext.hf.images import reduce_images
@@ -110,6 +122,73 @@ def test_images_encoded_once_share_anew_in_other_rows():
     assert left([[0], [1]]) == [12, 12] and seen.reduced is known
 
 
+INSIDE = {
+    "fastv": {"method": "fastv", "keep": [5, 9, 3]},
+    "lookahead": {"method": "pyramiddrop", "keep": torch.tensor([2, 7, 5])},
+    "clusters": {"method": "sparsevlm", "keep": [6, 4, 9], "options": {"recycle": 0.9}},
+    "merge": {"method": "fastv", "keep": [5, 9, 3], "options": {"merge": True}},
+    "shared": {"method": "fastv", "keep": 13, "budget": "shared"},
+    "a share": {"method": "pyramiddrop", "keep_ratio": 0.2, "budget": "shared"},
+}
+
+
+@each_family
+@pytest.mark.parametrize("name", INSIDE)
+def test_a_budget_inside_the_language_model_is_of_each_image_or_shared(family, name):
+    inputs = make_inputs(family, RAGGED)
+    model, asked = tiny_model(family), INSIDE[name]
+    handle = restore_ext.attach(model, **asked)
+    out = generate(model, inputs)
+    for row, tokens in enumerate(answers(out, inputs)):
+        want = with_cuts(family, inputs, handle, tokens, row, **setting_of(handle))
+        assert_close(logits(out)[row], want)
+    tokens, left = image_tokens(inputs), handle.last.layers[-1].visual
+    if name == "clusters":  # of each image as of it alone, with what it is to keep
+        own = [restore_ext.attach(model, **{**asked, "keep": n}).settings for n in asked["keep"]]
+        wanted = tokens
+        for cut in zip(*(settings.stages for settings in own), strict=True):
+            stages = zip(cut, tokens, wanted, strict=True)
+            wanted = [stage.counts(n, now)[0] for stage, n, now in stages]
+        assert left == wanted and len(set(left)) == 3
+    elif asked.get("budget") == "shared":
+        ratio = asked.get("keep_ratio")
+        rows = [tokens[:2], tokens[2:]]
+        totals = [asked["keep"] if ratio is None else round(ratio * sum(row)) for row in rows]
+        pairs = zip(totals, rows, strict=True)
+        assert left == [n for total, row in pairs for n in split_budget(total, row)]
+    else:
+        assert left == list(asked["keep"])
+
+
+@each_family
+def test_beams_keep_inside_what_their_row_does(family):
+    inputs = make_inputs(family, beam_rows(family))
+    model = tiny_model(family)
+    images = len(image_tokens(inputs))
+    for keep, budget in (([7, 4, 5][:images], "per_image"), (11, "shared")):
+        handle = restore_ext.attach(model, method="fastv", keep=keep, budget=budget)
+        generate(model, inputs)
+        alone = handle.last.layers[-1].visual
+        generate(model, inputs, num_beams=2)
+        assert sorted(handle.last.layers[-1].visual) == sorted(alone * 2)
+
+
+def test_as_many_budgets_inside_as_images():
+    model, inputs = tiny_model("llava"), make_inputs("llava", TWO_IMAGES)
+    handle = restore_ext.attach(model, method="fastv", keep=[4, 5, 6])
+    with pytest.raises(ValueError, match="one int or one per image, 2 images, got 3"):
+        forward(model, inputs)
+    handle.detach()
+    handle = restore_ext.attach(model, method="fastv", keep=[64, 64])
+    want = forward(model, inputs)
+    assert handle.last is None
+    handle.detach()
+    assert torch.equal(forward(model, inputs), want)
+    handle = restore_ext.attach(model, method="fastv", keep=[64, 5])
+    forward(model, inputs)
+    assert handle.last.layers[-1].visual == [64, 5]
+
+
 @each_family
 def test_an_option_of_the_method_comes_through(family):
     inputs = make_inputs(family, TWO_IMAGES)
@@ -140,7 +219,12 @@ def test_an_option_of_the_method_comes_through(family):
         ),
         ({"options": [1]}, TypeError, r"options must be a dict .* got \[1\]"),
         (
-            {"budget": "shared", "method": "fastv", "keep": 9},
+            {"budget": "shared", "method": "fastv", "keep": [9, 5]},
+            ValueError,
+            r"one int for budget='shared', .*\[9, 5\]",
+        ),
+        (
+            {"budget": "shared", "keep": None, "schedule": {"method": "fastv", "keep": 9}},
             ValueError,
             "budget must be 'per_image' for method fastv, .* got 'shared'",
         ),
@@ -149,16 +233,8 @@ def test_an_option_of_the_method_comes_through(family):
             ValueError,
             "budget must be 'per_image' for method vtw, .* got 'shared'",
         ),
-        (
-            {"method": "pyramiddrop", "keep": [4, 5]},
-            TypeError,
-            r"keep must be one int for method pyramiddrop, .* got \[4, 5\]",
-        ),
-        (
-            {"method": "fastv", "keep": torch.tensor([4, 5])},
-            TypeError,
-            r"keep must be one int for method fastv, .* got tensor\(\[4, 5\]\)",
-        ),
+        ({"method": "pyramiddrop", "keep": [4, 0]}, ValueError, r"keep\[1\] must be an int >= 1"),
+        ({"method": "vtw", "keep": [4, 5]}, ValueError, "vtw takes no keep"),
         (
             {"schedule": {"method": "fastv", "keep": [4, 5]}},
             TypeError,

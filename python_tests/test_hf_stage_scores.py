@@ -26,6 +26,7 @@ METHODS = {
         "options": {"layers": [*KEEPS], "keeps": [*KEEPS.values()], "recycle": 0.9, "cluster": 3},
     },
     "chain": {"method": "vispruner", "keep": 11, "schedule": {"layers": [11, 11, 7, 2]}},
+    "each its own": {"method": "fastv", "keep": [9, 4, 5, 2], "options": {"layer": 3}},
     "raters": {"schedule": {"layers": [1.0, 0.7, 0.5, 0.1], "scores": "raters"}},
 }
 

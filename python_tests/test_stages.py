@@ -241,7 +241,7 @@ def test_a_cut_reads_nothing_back_and_brings_nothing_along(method):
         torch.empty(2, 40, dtype=torch.bool, device=meta),
     )
     hidden = torch.empty(2, 40, 16, device=meta)
-    planned = plan_stages(stages(method, **CUTS[method]), first, rows, lengths, meta)
+    planned = plan_stages([stages(method, **CUTS[method])] * 3, first, rows, lengths, meta)
     assert planned and all(isinstance(one, PlannedStage) for one in planned)
     with OneDevice(), NoNumbers():
         for one in planned:

@@ -8,7 +8,12 @@ from torch import Tensor
 
 from restore_ext.hf.cache import RestoreLayer
 from restore_ext.hf.families import Family
-from restore_ext.hf.images import images_of_rows, reduce_images, without_separators
+from restore_ext.hf.images import (
+    images_of_rows,
+    reduce_images,
+    stages_of_images,
+    without_separators,
+)
 from restore_ext.hf.plan import SequencePlan, plan_sequence
 from restore_ext.hf.report import ImageReport, LayerReport, Report
 from restore_ext.hf.scores import Asked, rater_weights
@@ -113,6 +118,7 @@ def cut_sequence(
     lengths = [n - d for n, d in zip(counts[1], dropped, strict=True)]
     left = [reduction.position.shape[1] for reduction in reductions]
     with_image = [past for past, images in zip(counts[2], rows, strict=True) if images]
+    stages = stages_of_images(features, seen, rows, settings, encoded_once)
     tokens = torch.cat([reduction.tokens[0] for reduction in reductions])
     return Cut(
         plan_sequence(is_image, valid, reductions, lengths),
@@ -120,7 +126,7 @@ def cut_sequence(
         reductions,
         tokens,
         is_image,
-        plan_stages(settings.stages, left, rows, lengths, is_image.device),
+        plan_stages(stages, left, rows, lengths, is_image.device),
         reach=int(counts[3][0]) + 1,
         past_image=past_image,
         behind=S - max(counts[2]),

@@ -93,8 +93,7 @@ def attach(
     keep        tokens to keep of an image: an int, or one per image in the order of the batch
     keep_ratio  instead of keep: a share in (0, 1]
     budget      "per_image", or "shared": keep and keep_ratio are of all the images of a row (a
-                prompt) together, which split it in proportion to their tokens, at least one each.
-                Inside the language model only one keep for every image is taken
+                prompt) together, which split it in proportion to their tokens, at least one each
     restore     True: merge what the method would drop, keep positions, calibrate; inside the
                 language model: keep positions, and calibrate what is left. False: the plain
                 method, which prunes, re-indexes (inside the language model: if it is published so)

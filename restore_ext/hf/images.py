@@ -13,6 +13,7 @@ from restore_ext.hf.vision import Seen
 from restore_ext.methods.problem import PROJECTED
 from restore_ext.reduce import reduce_tokens
 from restore_ext.reduction import Reduction
+from restore_ext.stages import Stage
 
 
 def images_of_rows(counts: Sequence[int], tokens: Sequence[int]) -> list[list[int]]:
@@ -96,16 +97,11 @@ def reduce_images(
     encoded_once  False: before 5.18 the beams' copies are encoded too
     refuse        called once it is known that there is something to reduce
     """
-    number = originals(rows, len(features) // seen.images)
-    first = [number.index(image) for image in range(seen.images)]
-    tokens = [len(features[i]) for i in first]
-    owner = _keep_of_image(settings, seen.images, rows, encoded_once)
-    row_of = [row for row, images in enumerate(rows) for _ in images]
-    budgets = settings.budgets(tokens, owner, [row_of[image] for image in first])
+    number, first, asked = _encoded(features, seen, rows, settings, encoded_once)
+    tokens, budgets = asked[0], settings.budgets(*asked)
     left = [min(budget, n) for budget, n in zip(budgets, tokens, strict=True)]
-    if left == tokens and not any(
-        stage.counts(n, n)[0] < n for stage in settings.stages for n in tokens
-    ):
+    stages = zip(settings.stages_for(*asked), tokens, strict=True)
+    if left == tokens and all(stage.counts(n, n)[0] == n for own, n in stages for stage in own):
         return None
     refuse()
     if seen.reduced is not None and seen.reduced[0] is settings:
@@ -127,6 +123,36 @@ def reduce_images(
     if not any(reduction.tokens.requires_grad for reduction in reductions):
         seen.reduced = settings, reductions
     return [reductions[image] for image in number]
+
+
+def stages_of_images(
+    features: Sequence[Tensor],
+    seen: Seen,
+    rows: Sequence[Sequence[int]],
+    settings: Settings,
+    encoded_once: bool,
+) -> list[tuple[Stage, ...]]:
+    """The cuts inside the language model of every image of the batch; arguments as above."""
+    number, _, asked = _encoded(features, seen, rows, settings, encoded_once)
+    stages = settings.stages_for(*asked)
+    return [stages[image] for image in number]
+
+
+def _encoded(
+    features: Sequence[Tensor],
+    seen: Seen,
+    rows: Sequence[Sequence[int]],
+    settings: Settings,
+    encoded_once: bool,
+) -> tuple[list[int], list[int], tuple[list[int], list[int], list[int]]]:
+    """For every image which of those encoded it is, of each of these the first image that is it,
+    and their tokens, owners and rows, see Settings.budgets."""
+    number = originals(rows, len(features) // seen.images)
+    first = [number.index(image) for image in range(seen.images)]
+    owner = _keep_of_image(settings, seen.images, rows, encoded_once)
+    row_of = [row for row, images in enumerate(rows) for _ in images]
+    tokens = [len(features[image]) for image in first]
+    return number, first, (tokens, owner, [row_of[image] for image in first])
 
 
 def _keep_of_image(

@@ -1,7 +1,8 @@
 """What a caller asked for, checked and completed before any work is done."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -41,6 +42,8 @@ class Settings:
     anchor_mode: str
     seed: int
     stages: tuple[Stage, ...] = ()  # inside the language model
+    # Where keep is one per image, or a total: the stages of an image that keeps so many.
+    stages_of: Callable[[int], tuple[Stage, ...]] | None = None
 
     @property
     def chosen(self) -> Method:
@@ -61,14 +64,23 @@ class Settings:
     def budgets(
         self, tokens: Sequence[int], owner: Sequence[int], rows: Sequence[int]
     ) -> list[int]:
-        """How many tokens to keep of each image.
+        """How many tokens of each image go into the language model.
 
         tokens  the tokens of each image
         owner   which of the numbers in `keep` counts for each image, if there are several
         rows    the row of each image, rising
         """
-        if self.method is None:
-            return list(tokens)
+        return list(tokens) if self.method is None else self._split(tokens, owner, rows)
+
+    def stages_for(
+        self, tokens: Sequence[int], owner: Sequence[int], rows: Sequence[int]
+    ) -> list[tuple[Stage, ...]]:
+        """The cuts of each image, which differ in nothing but how many tokens they keep."""
+        if self.stages_of is None:
+            return [self.stages] * len(tokens)
+        return [self.stages_of(keep) for keep in self._split(tokens, owner, rows)]
+
+    def _split(self, tokens: Sequence[int], owner: Sequence[int], rows: Sequence[int]) -> list[int]:
         if self.budget == "shared":
             shares: list[int] = []
             for _, images in groupby(range(len(tokens)), key=lambda i: rows[i]):
@@ -136,24 +148,31 @@ def make_settings(
     retain = checks.require_share("retain", retain)
     checks.require_one_of("anchor_mode", anchor_mode, ANCHOR_MODES)
     asked = _schedule(method, keep, keep_ratio, options, schedule)
-    stages = () if asked is None else _stages(asked, depth, retain, anchor_mode)
+    checks.require_one_of("budget", budget, BUDGETS)
+    stages: tuple[Stage, ...] = ()
+    stages_of = None
+    if asked is not None and schedule is None and _each_its_own(method, keep, budget):
+        keep, keep_ratio = _budget(keep, keep_ratio)
+        _require_one_total(budget, keep)
+        make = partial(_stages, asked, depth, retain, anchor_mode)
+        stages, stages_of = make(keep[0] if isinstance(keep, tuple) else 1), make
+    elif asked is not None:
+        stages = _stages(asked, depth, retain, anchor_mode)
     # Where nothing is said of the tokens that go into the language model, all of them do.
     alone = asked is not None and (schedule is None or keep is keep_ratio is None)
     inside = STAGE_METHODS[asked["method"]] if asked is not None and alone else None
-    checks.require_one_of("budget", budget, BUDGETS)
     if isinstance(method, str):
         checks.require_one_of("method", method, (*METHODS, *TOWER_METHODS, *STAGE_METHODS))
     chosen = WHOLE
     if asked is not None and inside is not None:
-        _require_no_more(asked["method"], budget, options, schedule)
-        method, keep, keep_ratio, options = None, None, None, {}
+        if stages_of is None:
+            _require_no_more(asked["method"], budget, options, schedule)
+            keep, keep_ratio = None, None
+        method, options = None, {}
     else:
         chosen = find_method(method, options)
         keep, keep_ratio = _budget(keep, keep_ratio)
-    if budget == "shared" and isinstance(keep, tuple):
-        raise ValueError(
-            f"keep must be one int for budget='shared', the total of a row, got {list(keep)}"
-        )
+        _require_one_total(budget, keep)
     checks.require_flag("restore", restore)
     if chosen.place != PROJECTED and (isinstance(keep, tuple) or budget == "shared"):
         raise ValueError(
@@ -194,6 +213,7 @@ def make_settings(
         anchor_mode,
         checks.require_int("seed", seed),
         stages,
+        stages_of,
     )
 
 
@@ -212,12 +232,18 @@ def _schedule(
     return {"method": method, "keep": keep, "keep_ratio": keep_ratio, **options} if named else None
 
 
+def _require_one_total(budget: str, keep: Any) -> None:
+    if budget == "shared" and isinstance(keep, tuple):
+        raise ValueError(
+            f"keep must be one int for budget='shared', the total of a row, got {list(keep)}"
+        )
+
+
 def _require_no_more(name: str, budget: str, options: Any, schedule: Any) -> None:
     """Refuses what would be passed over where nothing is reduced before the language model."""
     if budget != "per_image":
         raise ValueError(
-            f"budget must be 'per_image' for method {name}, which cuts inside the language model, "
-            f"got {budget!r}"
+            f"budget must be 'per_image' for method {name}, which takes none here, got {budget!r}"
         )
     if schedule is not None and options:
         raise ValueError(
@@ -226,9 +252,20 @@ def _require_no_more(name: str, budget: str, options: Any, schedule: Any) -> Non
         )
 
 
+def _each_its_own(method: str, keep: Any, budget: str) -> bool:
+    """Whether the images may keep different numbers of tokens inside the language model."""
+    several = isinstance(keep, (list, tuple, Tensor)) or budget == "shared"
+    return several and STAGE_METHODS[method].budget
+
+
 def _stages(
-    asked: Mapping[str, Any], depth: int | None, retain: float, anchor_mode: str
+    asked: Mapping[str, Any],
+    depth: int | None,
+    retain: float,
+    anchor_mode: str,
+    own: int | None = None,
 ) -> tuple[Stage, ...]:
+    """own: the tokens to keep of one image, whatever is asked for all"""
     options = dict(asked)
     method, keep, keep_ratio = (options.pop(n, None) for n in ("method", "keep", "keep_ratio"))
     if depth is None:
@@ -236,6 +273,8 @@ def _stages(
             f"method {method!r} works inside the language model, which is left to generate() here: "
             "use attach()"
         )
+    if own is not None:
+        keep, keep_ratio = own, None
     return make_stages(method, Request(depth, keep, keep_ratio, retain, anchor_mode), options)
 
 

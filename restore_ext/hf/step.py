@@ -31,21 +31,22 @@ class PlannedStage:
 
 
 def plan_stages(
-    stages: Sequence[Stage],
+    stages: Sequence[Sequence[Stage]],
     first: Sequence[int],
     rows: Sequence[Sequence[int]],
     lengths: Sequence[int],
     device: torch.device,
 ) -> list[PlannedStage]:
-    """The stages that drop anything of these images.
+    """The cuts that drop anything of these images.
 
+    stages   of each image; they differ in their counts alone
     first    tokens of each image at the first layer; rows: the images of each row
     lengths  tokens of each row at the first layer
     """
     planned: list[PlannedStage] = []
     now, left = list(first), list(lengths)
-    for stage in stages:
-        counts = [stage.counts(n, m) for n, m in zip(first, now, strict=True)]
+    for cut in zip(*stages, strict=True):
+        counts = [stage.counts(n, m) for stage, n, m in zip(cut, first, now, strict=True)]
         after = [count[0] for count in counts]
         if after == now:
             continue
@@ -54,7 +55,7 @@ def plan_stages(
         columns = list(zip(*counts, strict=True))
         numbers = torch.tensor([now, *map(list, columns)], device=device)
         most = tuple(map(max, columns))
-        planned.append(PlannedStage(stage, now, most, max(left), after, numbers))
+        planned.append(PlannedStage(cut[0], now, most, max(left), after, numbers))
         now = after
     return planned
 
