@@ -41,7 +41,8 @@ class Settings:
     retain: float
     anchor_mode: str
     seed: int
-    stages: tuple[Stage, ...] = ()  # inside the language model
+    inside: str | None = None  # the method that cuts inside the language model
+    stages: tuple[Stage, ...] = ()  # what it does there
     # Where keep is one per image, or a total: the stages of an image that keeps so many.
     stages_of: Callable[[int], tuple[Stage, ...]] | None = None
 
@@ -212,6 +213,7 @@ def make_settings(
         retain,
         anchor_mode,
         checks.require_int("seed", seed),
+        None if asked is None else asked["method"],
         stages,
         stages_of,
     )

@@ -157,10 +157,14 @@ class Family(ABC):
         first = min(stage.layer for stage in settings.stages)
         if first < self.first_cut:
             raise ValueError(
-                f"method: {self.name} can be cut from layer {self.first_cut} on, got layer {first}"
+                f"method {settings.inside}: {self.name} can be cut from layer {self.first_cut} on, "
+                f"got layer {first}"
             )
         if settings.positions == "reindex":
-            self._require_one_rope("re-indexing at a cut", "use positions='original'")
+            self._require_one_rope(
+                f"method {settings.inside}, which counts positions anew, and so {self.name}",
+                "use positions='original'",
+            )
 
     def glance(self, layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> None:
         """Has the attention of a decoder layer called on the layer's input [B, T, C], with the
