@@ -1,13 +1,14 @@
 """Cuts inside the language model of every family, against its own layers on dense biases."""
 
 import pytest
+from family_cases import scaled_shape
 from family_checks import ROWS, TOLERANCE, assert_same_bits, dense, model, row_inputs, said
 from hf_harness import answers, assert_close, generate, logits
 from naive import Setting
 from naive_stages import cuts_of, setting_of
 
 import restore_ext
-from restore_ext.testing.models import TINY, join_rows
+from restore_ext.testing.models import IMAGE, TINY, VIDEO, Picture, Video, join_rows
 
 each = pytest.mark.parametrize("family", sorted({*TINY} - {"llava_onevision_several"}))
 STAGED = {
@@ -22,11 +23,11 @@ STAGED = {
 }
 
 
-@each
-@pytest.mark.parametrize("kind", STAGED)
-def test_a_ragged_batch_of_several_images_is_the_reference(family, kind):
+def assert_is_dense(family: str, kind: str, rows: list):
+    """A cached generate() of the rows as a batch has the logits of the reference, row by row; the
+    handle."""
     backend = "mask" if kind == "two cuts" else "op"
-    alone = row_inputs(family, ROWS)
+    alone = row_inputs(family, rows)
     with restore_ext.attach(model(family), backend=backend, **STAGED[kind]) as handle:
         out = generate(model(family), join_rows(alone), max_new_tokens=2)
     tokens = answers(out, join_rows(alone))
@@ -41,6 +42,34 @@ def test_a_ragged_batch_of_several_images_is_the_reference(family, kind):
         )
         assert_close(logits(out)[row], want, TOLERANCE)
     assert len(handle.last.stages) == len(handle.settings.stages)
+    return handle
+
+
+@each
+@pytest.mark.parametrize("kind", STAGED)
+def test_a_ragged_batch_of_several_images_is_the_reference(family, kind):
+    assert_is_dense(family, kind, ROWS)
+
+
+@pytest.mark.parametrize("family", ["llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("kind", ["one cut", "two cuts", "drop all"])
+def test_images_beside_videos_are_cut_and_videos_are_not(family, kind):
+    rows = [(4, Picture(8, 8), 3, Video(2, 4, 4), 5), (2, Video(2, 4, 6), 6, Picture(6, 10), 4)]
+    handle = assert_is_dense(family, kind, rows)
+    ids = join_rows(row_inputs(family, rows))["input_ids"]
+    left, valid = handle.last.source, handle.last.stages[-1].plan.valid
+    for row in range(len(rows)):
+        said = ids[row, left[row, valid[row]]]
+        assert (said == VIDEO).sum() == (ids[row] == VIDEO).sum() > 0
+        assert (said == IMAGE).sum() == handle.last.layers[-1].visual[row] + newlines(
+            family, rows[row]
+        )
+
+
+def newlines(family: str, row: tuple) -> int:
+    """Those of the picture of a row, which are text."""
+    [picture] = [part for part in row if isinstance(part, Picture)]
+    return scaled_shape(family, picture)[0] if family == "llava_onevision" else 0
 
 
 @pytest.mark.parametrize("family", ["llava_next", "llava_onevision"])
