@@ -1,6 +1,7 @@
 """The choices of a cut, token by token in plain Python, from the formulas of the papers."""
 
 import math
+from fractions import Fraction
 
 import torch
 
@@ -73,3 +74,49 @@ def raters(visual, text) -> list[int]:
         share += (text.double() @ v).softmax(0) / len(visual)
     chosen = [t for t in range(len(text)) if share[t] > share.mean()]
     return chosen or list(range(len(text)))
+
+
+def fastv_count(n: int, share: Fraction) -> int:
+    """R of n tokens stay, to the nearest (of two the even one); none of an image goes whole."""
+    below = math.floor(share * n)
+    over = share * n - below
+    up = over > Fraction(1, 2) or (over == Fraction(1, 2) and below % 2 == 1)
+    return max(1, below + up)
+
+
+def pyramiddrop_counts(n: int, last: Fraction, cuts: int) -> list[int]:
+    """The largest m with m <= n r^i at cut i, r^cuts = last: in whole numbers, m^cuts <= n^cuts
+    last^i."""
+    counts, now = [], n
+    for i in range(1, cuts + 1):
+        m = 0
+        while (m + 1) ** cuts <= n**cuts * last**i:
+            m += 1
+        now = min(now, max(1, m))
+        counts.append(now)
+    return counts
+
+
+def sparsevlm_counts(
+    n: int, share: Fraction, recycle: Fraction, cluster: int
+) -> list[tuple[int, int]]:
+    """(tokens that stay, clusters) at every cut, on the lines between the published points."""
+    published = {0: (0, 0, 0), 64: (66, 30, 17), 96: (238, 48, 26)}
+    published |= {128: (303, 110, 36), 192: (300, 200, 110), 576: (576, 576, 576)}
+    found, now = [], n
+    for cut in range(3):
+        lower = max(b for b in published if Fraction(b, 576) <= share)
+        upper = min(b for b in published if Fraction(b, 576) >= share)
+        at = Fraction(published[lower][cut])
+        if upper > lower:
+            way = (share * 576 - lower) / (upper - lower)
+            at += way * (published[upper][cut] - published[lower][cut])
+        stay = fastv_count(n, at / 576)
+        if stay >= now:
+            found.append((now, 0))
+            continue
+        gone = now - stay
+        recycled = min(gone, math.floor(recycle * gone) + 1)
+        found.append((stay, math.floor(Fraction(recycled, cluster)) + 1))
+        now = sum(found[-1])
+    return found
