@@ -11,9 +11,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from restore_ext import reduce_tokens
-from restore_ext.methods import METHODS
+from restore_ext import attach, reduce_tokens
+from restore_ext.hf.parallel import Heads
+from restore_ext.hf.scores import Asked, rater_weights
+from restore_ext.hf.vision import recall
+from restore_ext.methods import METHODS, TOWER_METHODS, find_method
+from restore_ext.methods.problem import FEATURES
 from restore_ext.reduce import ANCHOR_MODES
+from restore_ext.testing.models import LLAVA_SIDE, PATCH, tiny_model
 
 
 class OneDevice(TorchDispatchMode):
@@ -66,6 +71,49 @@ def test_a_fixed_budget_reads_nothing_back_and_brings_nothing_along(method, rest
 )
 def test_neither_does_an_option_of_a_method(method, options):
     assert reduce(method, keep=11, **options).tokens.shape == (2, 11, 8)
+
+
+@pytest.mark.parametrize("method", [*METHODS, *TOWER_METHODS])
+def test_the_tower_is_read_and_reduces_without_either(method):
+    """Scores, keys and features as a method wants them, and what a method does in the tower."""
+    model = tiny_model("llava").to("meta")
+    side = LLAVA_SIDE * PATCH
+    pixels = torch.empty(2, 3, side, side, device="meta")
+    layer = {"vision_feature_layer": -2, "vision_feature_select_strategy": "default"}
+    with attach(model, method=method, keep=20, backend="mask"), torch.no_grad(), OneDevice():
+        with NoNumbers():
+            output = model.model.get_image_features(pixel_values=pixels, **layer)
+        seen = recall(output)
+    assert seen.images == 2 and seen.by_tower == (method in TOWER_METHODS)
+    if seen.by_tower:
+        left = {"tome_vit": 20, "downsample": 16}[method]
+        assert [image.tokens.shape[1] for image in seen.reduced[1]] == [left] * 2
+        return
+    chosen = find_method(method)
+    assert (seen.scores is not None) == chosen.needs_scores
+    assert (seen.metric is not None) == (chosen.metric != FEATURES)
+
+
+@pytest.mark.parametrize("backend", ["op", "mask"])
+@pytest.mark.parametrize("rows", [1, 7])
+@pytest.mark.parametrize("bounded", [False, True])
+def test_tokens_are_rated_inside_the_language_model_without_either(backend, rows, bounded):
+    def empty(*shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    B, T, K = 2, 30, 33
+    visual, text = (empty(B, T, dtype=torch.bool) for _ in range(2))
+    position = {"query_position": empty(B, 1, rows, dtype=torch.int32)}
+    position["key_position"] = empty(B, 1, K, dtype=torch.int32)
+    told = {"log_size": empty(B, K), "decay": empty(1, 64), **position}
+    if bounded:  # a sliding window, or an image that sees itself
+        told |= {"causal": False, "key_range": empty(B, rows, 2, dtype=torch.int32)}
+    with OneDevice(), NoNumbers():
+        weight = rater_weights(empty(B, T, 16), visual, text, rows, draft=3)
+        asked = Asked(rows, 3, weight if rows > 1 else None)
+        query, key = empty(B, 4, rows, 32), empty(B, 2, K, 32)
+        scores = asked.scores(query, key, told, {"scaling": 0.2}, backend)
+        assert Heads(4, None).mean(scores, 4).shape == (B, K)
 
 
 @pytest.mark.parametrize(
