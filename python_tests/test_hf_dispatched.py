@@ -47,7 +47,7 @@ def test_it_says_what_it_says_in_one_piece(dispatched, method, recwarn):
     said = []
     for one in (model, whole):
         with restore_ext.attach(one, **METHODS[method]) as handle:
-            said.append((generate(one, inputs, max_new_tokens=3), forward(one, inputs)))
+            said.append((generate(one, inputs, max_new_tokens=2), forward(one, inputs)))
             assert handle.settings.backend == METHODS[method].get("backend", "op")
     for (got, logit), (want, wanted) in [said]:
         assert torch.equal(answers(got, inputs), answers(want, inputs))

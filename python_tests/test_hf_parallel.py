@@ -8,7 +8,7 @@ import socket
 import pytest
 import torch
 import torch.distributed as dist
-from hf_harness import BACKENDS, answers, assert_close, forward, generate, logits
+from hf_harness import answers, assert_close, forward, generate, logits
 
 import restore_ext
 from restore_ext.hf.parallel import Heads
@@ -25,7 +25,8 @@ METHODS = {
     "drop all": {"method": "vtw"},
     "chain": {"method": "holov", "keep": 11, "schedule": {"layers": [11, 11, 7, 2]}},
 }
-CASES = [(family, name, backend) for family in FAMILIES for name in METHODS for backend in BACKENDS]
+KINDS = [*((name, "op") for name in METHODS), ("vispruner", "mask"), ("chain", "mask")]
+CASES = [(family, *kind) for family in FAMILIES for kind in KINDS]
 each_case = pytest.mark.parametrize("case", CASES, ids="-".join)
 
 

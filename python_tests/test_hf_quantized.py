@@ -101,7 +101,7 @@ def test_cached_generation_of_a_ragged_batch_is_the_reference(quantized, cut):
     alone, backend = rows(), "mask" if cut == "two cuts" else "op"
     with restore_ext.attach(model, backend=backend, **CUTS[cut]) as handle:
         assert handle.settings.backend == backend  # op is not fallen back from
-        out = generate(model, join_rows(alone), max_new_tokens=3)
+        out = generate(model, join_rows(alone), max_new_tokens=2)
     dense = Dense(model, dtype=model.dtype)
     tokens = answers(out, join_rows(alone))
     for row, inputs in enumerate(alone):
@@ -121,8 +121,8 @@ def test_off_text_alone_and_detached_are_the_same_bits(quantized):
     _, model = quantized
     inputs, text = join_rows(rows()), make_inputs("llava", TEXT_ONLY)
     want, want_text, before = forward(model, inputs), forward(model, text), fingerprint(model)
-    for cut in CUTS.values():
-        with restore_ext.attach(model, **cut) as handle:
+    for cut in ("two cuts", "drop all"):
+        with restore_ext.attach(model, **CUTS[cut]) as handle:
             assert not torch.equal(forward(model, inputs)[:, -1], want[:, -1])
             assert torch.equal(forward(model, text), want_text)
             handle.enabled = False
