@@ -1,6 +1,8 @@
 """A model that accelerate has dispatched: its hooks bring parameters from disk, and move what
 modules are given."""
 
+import copy
+
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, SequentialHook
@@ -77,6 +79,7 @@ def test_detached_it_is_what_it_was(dispatched):
     before, skipped = fingerprint(model), model._hf_hook.skip_keys
     with restore_ext.attach(model, keep_ratio=0.3) as handle:
         assert model._hf_hook.skip_keys != skipped
+        assert copy.copy(model._hf_hook).skip_keys is skipped
         handle.enabled = False
         assert torch.equal(forward(model, inputs), want)
     assert fingerprint(model) == before and model._hf_hook.skip_keys is skipped
