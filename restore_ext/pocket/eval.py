@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from restore_ext.methods import METHODS, TOWER_METHODS, find_method
+from restore_ext.methods import METHODS, TOWER_METHODS
 from restore_ext.methods.problem import TOWER
 from restore_ext.pocket.model import encode
 from restore_ext.pocket.scenes import ID, held_out
@@ -123,7 +123,8 @@ def answer(model: Any, processor: Any, batch: Batch, backend: str = "op") -> Rig
 
 
 def _in_tower(c: Configuration) -> bool:
-    return bool(c.options) and find_method(c.options["method"]).place == TOWER
+    method = c.options.get("method")
+    return method in TOWER_METHODS and TOWER_METHODS[method].place == TOWER
 
 
 def add(right: Right, batch: Batch, answers: Right) -> None:

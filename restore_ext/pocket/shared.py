@@ -50,6 +50,18 @@ def shared_work(model: Any) -> Iterator[None]:
             setattr(ops, name, operator)
 
 
+@contextmanager
+def remembered_features(model: Any, batches: int) -> Iterator[None]:
+    """Inside, a LLaVA's vision tower remembers the pictures of so many forwards. Not for methods
+    that watch the tower."""
+    tower = model.model.vision_tower
+    tower.forward = Memory(tower.forward, kept=batches)
+    try:
+        yield
+    finally:
+        del tower.forward
+
+
 class Memory:
     """A function that remembers its last few calls."""
 
