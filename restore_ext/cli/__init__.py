@@ -10,6 +10,7 @@ from restore_ext.cli.commands import COMMANDS
 from restore_ext.cli.errors import UserError
 
 INSTALL = 'pip install "transformers>=4.57.6,<6" accelerate pillow tqdm matplotlib'
+INSTALL_OF = {"optuna": "pip install optuna"}
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         package = (error.name or "restore_ext").split(".")[0]
         if package == "restore_ext":
             raise
-        said = f"{command.name} needs {package}: {INSTALL}"
+        said = f"{command.name} needs {package}: {INSTALL_OF.get(package, INSTALL)}"
     print(f"restore-ext: error: {said}", file=sys.stderr)
     return 2
 

@@ -62,6 +62,30 @@ def _eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", default="", help="configurations whose name has this in it")
 
 
+def _search(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    questions = "questions: JSON lines of image (relative to the file), prompt, answer"
+    parser.add_argument("--data", help=f"{questions}; pocket has its own")
+    parser.add_argument("--questions", type=int, help="the first so many (pocket: 256)")
+    parser.add_argument("--max-new-tokens", type=int, default=16, help="of an answer to --data")
+    parser.add_argument("--algorithm", choices=("psigmoid", "gsearch"), default="psigmoid")
+    parser.add_argument(
+        "--budget", type=float, help="psigmoid: share of the FLOPs of all tokens (default: 0.5)"
+    )
+    parser.add_argument("--latency-ms", type=float, help="psigmoid, instead: of one prompt")
+    parser.add_argument("--trials", type=int, default=40, help="psigmoid: curves to measure")
+    parser.add_argument("--tolerance", type=float, default=0.0, help="gsearch: accuracy to lose")
+    scores = ("attention", "raters", "lookahead", "none")
+    parser.add_argument("--scores", choices=scores, default="attention", help="who rates tokens")
+    parser.add_argument("--merge", action="store_true", help="merge what does not stay")
+    parser.add_argument("--no-restore", action="store_true", help="attach with restore=False")
+    parser.add_argument("--backend", choices=BACKENDS, default="op")
+    parser.add_argument("--seed", type=int, default=0, help="of the optimisation")
+    parser.add_argument("--output", default="schedule.json", help="the file to write")
+    parser.add_argument("--storage", help="what was measured (default: OUTPUT.trials)")
+    parser.add_argument("--resume", action="store_true", help="go on with the storage")
+
+
 def _none(parser: argparse.ArgumentParser) -> None:
     """No options."""
 
@@ -83,6 +107,8 @@ def add_reduction(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", default=DEFAULT_METHOD, help=METHODS)
     about = f"visual tokens to keep, >= 1 (default: {DEFAULT_KEEP}, if the method takes a budget)"
     parser.add_argument("--keep", type=int, help=about)
+    about = "cuts inside the model, see docs/inside.md; with --keep, behind the method's"
+    parser.add_argument("--schedule", metavar="FILE", help=about)
     parser.add_argument(
         "--backend", choices=BACKENDS, default="op", help="attention: our op, or torch"
     )
@@ -100,6 +126,7 @@ COMMANDS = (
         _diagnose,
     ),
     Command("eval", "accuracy on held-out questions", "evaluate:evaluate", _eval),
+    Command("search", "how many tokens each layer needs: a --schedule", "search:search", _search),
     Command(
         "methods",
         "what the methods need and do, and what RESTORE means there",

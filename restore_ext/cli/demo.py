@@ -7,7 +7,7 @@ from PIL import Image
 
 import restore_ext
 from restore_ext import picture
-from restore_ext.cli.errors import UserError, check_reduction, one_line, open_image
+from restore_ext.cli.errors import UserError, check_reduction, name_of, one_line, open_image
 from restore_ext.cli.load import encode_prompt, load, quiet
 from restore_ext.cli.measure import Outcome, Task, table
 from restore_ext.methods import find_card
@@ -19,18 +19,24 @@ QUESTION = "how many objects ?"  # of a picture that came without one
 def demo(arguments: argparse.Namespace) -> None:
     """Prints the table and writes the picture."""
     method = arguments.method
-    keep = check_reduction(method, arguments.keep, arguments.repeats)
+    keep = check_reduction(method, arguments.keep, arguments.repeats, arguments.schedule)
+    what = name_of(method, keep, arguments.schedule)
     image, question, truth = _scene(arguments)
     quiet()
     model, processor = load(POCKET_NAME, arguments.device, arguments.dtype)
     inputs = encode_prompt(POCKET_NAME, processor, image, question, model)
     task = Task(model, processor, inputs, max_new_tokens=1, repeats=arguments.repeats)
     outcomes = [task.answer("all tokens")]
-    ways = [(False, f"{method} plain"), (True, f"{method} + RESTORE")]
+    ways = [(False, f"{what} plain"), (True, f"{what} + RESTORE")]
     for restore, label in ways[: 1 + find_card(method).restores]:
         try:
             handle = restore_ext.attach(
-                model, method=method, keep=keep, restore=restore, backend=arguments.backend
+                model,
+                method=method,
+                keep=keep,
+                restore=restore,
+                backend=arguments.backend,
+                schedule=arguments.schedule,
             )
         except ValueError as error:
             raise UserError(one_line(error)) from error

@@ -20,8 +20,10 @@ def one_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def check_reduction(method: str, keep: int | None, repeats: int) -> int | None:
-    """The budget for attach(), None for a method that takes none.
+def check_reduction(
+    method: str, keep: int | None, repeats: int, schedule: str | None = None
+) -> int | None:
+    """The budget for attach(), None for a method that takes none, and for a schedule alone.
 
     Refuses what attach() would refuse, before a model is loaded.
     """
@@ -31,9 +33,11 @@ def check_reduction(method: str, keep: int | None, repeats: int) -> int | None:
         raise UserError(f"--method must be one of {', '.join(list_methods())}, got {method}")
     if method == "schedule":
         raise UserError(
-            "--method schedule needs the tokens of every layer, which only Python can give it: "
-            "attach(model, schedule=...)"
+            "--method schedule needs the tokens of every layer: --schedule FILE, as restore-ext "
+            "search writes it"
         )
+    if schedule is not None:
+        _check_schedule(schedule, method, keep)
     budget = find_card(method).budget
     if keep is not None and not budget:
         raise UserError(f"--keep must not be given with --method {method}, which takes no budget")
@@ -41,18 +45,41 @@ def check_reduction(method: str, keep: int | None, repeats: int) -> int | None:
         raise UserError(f"--keep must be at least 1, got {keep}")
     if repeats < 1:
         raise UserError(f"--repeats must be at least 1, got {repeats}")
-    return DEFAULT_KEEP if keep is None and budget else keep
+    return DEFAULT_KEEP if keep is None and budget and schedule is None else keep
 
 
-def open_image(file: str) -> "Image.Image":
-    """The picture in `file`, as RGB."""
+def _check_schedule(schedule: str, method: str, keep: int | None) -> None:
+    from restore_ext.reduce import DEFAULT_METHOD
+    from restore_ext.stages import STAGE_METHODS, read_schedule
+
+    try:
+        read_schedule(schedule)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"--schedule: {one_line(error)}") from error
+    if method in STAGE_METHODS:
+        raise UserError(f"--schedule must not be given with --method {method}, which is one itself")
+    if method != DEFAULT_METHOD and keep is None:
+        raise UserError(f"--method {method} before a --schedule needs --keep")
+
+
+def name_of(method: str, keep: int | None, schedule: str | None) -> str:
+    """What reduces, in a word or two."""
+    if schedule is None:
+        return method
+    return "schedule" if keep is None else f"{method}, schedule"
+
+
+def open_image(file: str, option: str = "--image") -> "Image.Image":
+    """The picture in `file`, as RGB; option  that a mistake is blamed on."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     path = Path(file)
     if not path.exists():
-        raise UserError(f"--image: there is no file {file}")
+        raise UserError(f"{option}: there is no file {file}")
     try:
         with Image.open(path) as image:
             return ImageOps.exif_transpose(image).convert("RGB")
     except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise UserError(f"--image: {file} cannot be read as an image: {one_line(error)}") from error
+        raise UserError(
+            f"{option}: {file} cannot be read as an image: {one_line(error)}"
+        ) from error

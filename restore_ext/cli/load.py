@@ -74,9 +74,14 @@ def encode_prompts(
             )
     except (ValueError, ImportError) as error:
         raise UserError(f"the prompt cannot be encoded: {one_line(error)}") from error
+    return to_model(encoded, model)
+
+
+def to_model(inputs: dict[str, Any], model: Any) -> dict[str, Any]:
+    """Inputs where the model is, floats in its dtype."""
     return {
         name: value.to(model.device, model.dtype if value.is_floating_point() else None)
-        for name, value in encoded.items()
+        for name, value in inputs.items()
     }
 
 

@@ -3,7 +3,7 @@
 import argparse
 
 import restore_ext
-from restore_ext.cli.errors import UserError, check_reduction, one_line, open_image
+from restore_ext.cli.errors import UserError, check_reduction, name_of, one_line, open_image
 from restore_ext.cli.load import encode_prompt, load, quiet
 from restore_ext.cli.measure import Outcome, Task, table
 from restore_ext.methods import find_card
@@ -13,7 +13,7 @@ NEW_TOKENS = 64  # where neither the user nor the checkpoint says
 
 def run(arguments: argparse.Namespace) -> None:
     """Prints the answer and the table."""
-    keep = check_reduction(arguments.method, arguments.keep, arguments.repeats)
+    keep = check_reduction(arguments.method, arguments.keep, arguments.repeats, arguments.schedule)
     new_tokens = arguments.max_new_tokens
     if new_tokens is not None and new_tokens < 1:
         raise UserError(f"--max-new-tokens must be at least 1, got {new_tokens}")
@@ -31,7 +31,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _reduced(task: Task, arguments: argparse.Namespace, keep: int | None, restore: bool) -> Outcome:
-    label = f"{arguments.method} + RESTORE" if restore else f"{arguments.method} plain"
+    what = name_of(arguments.method, keep, arguments.schedule)
+    label = f"{what} + RESTORE" if restore else f"{what} plain"
     try:
         handle = restore_ext.attach(
             task.model,
@@ -39,6 +40,7 @@ def _reduced(task: Task, arguments: argparse.Namespace, keep: int | None, restor
             keep=keep,
             restore=restore,
             backend=arguments.backend,
+            schedule=arguments.schedule,
         )
     except (ValueError, TypeError, NotImplementedError) as error:
         raise UserError(f"--model: {arguments.model}: {one_line(error)}") from error

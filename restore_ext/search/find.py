@@ -1,6 +1,6 @@
 """find_schedule(): how many tokens at which layer, by measurement."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,7 +69,7 @@ def find_schedule(
             model is attached, or no trial kept to the latency. ImportError: optuna is not installed
     """
     checks.require_one_of("algorithm", algorithm, ALGORITHMS)
-    _require_limits(algorithm, budget, latency_ms, tolerance)
+    require_limits(algorithm, budget, latency_ms, tolerance)
     checks.require_count("trials", trials)
     checks.require_int("seed", seed)
     try:
@@ -211,18 +211,21 @@ class _Search:
 
     def found(self, best: "Trial", rule: Mapping[str, Any]) -> Found:
         costs = {"flops": self.share(best.counts), "kv_bytes": self.share(best.counts, "_kv")}
-        rounded = {name: round(value, 4) for name, value in {**costs, **best.costs}.items()}
+        shown = {f"share of {name}": round(value, 4) for name, value in costs.items()}
+        if self.timed:
+            shown["latency"] = f"{best.costs['latency_ms']:.3f} ms"
+        measured = len({trial.counts for trial in self.kept.all})
         about = {
             "found by": "restore_ext.search.find_schedule",
             **{name: value for name, value in rule.items() if value is not None},
-            "options": {n: repr(v) for n, v in self.problem.options.items()},
+            "options": self.problem.options,
             "tokens": list(best.counts),
             "accuracy": round(best.accuracy, 4),
             "accuracy with all tokens": round(self.whole.accuracy, 4),
             "score": self.problem.identity()["score"],
             "rows": len(self.shapes),
-            "trials": len(self.kept.all),
-            "share of all tokens'": rounded,
+            "schedules measured": measured,
+            **shown,
             "model": type(self.problem.model).__name__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
@@ -235,11 +238,12 @@ class _Search:
             self.whole.accuracy,
             costs["flops"],
             costs["kv_bytes"],
-            len(self.kept.all),
+            measured,
         )
 
 
-def _require_limits(algorithm: str, budget: Any, latency_ms: Any, tolerance: Any) -> None:
+def require_limits(algorithm: str, budget: Any, latency_ms: Any, tolerance: Any) -> None:
+    """Raises ValueError for limits that the algorithm does not take, or out of range."""
     for name, value in (("latency_ms", latency_ms), ("tolerance", tolerance)):
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if value is not None and (not number or not value >= 0):

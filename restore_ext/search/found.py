@@ -30,5 +30,5 @@ class Found:
         """Writes the schedule as JSON, whole or not at all."""
         path = Path(file)
         new = path.with_name(f"{path.name}.new")
-        new.write_text(json.dumps(self.schedule, indent=1) + "\n")
+        new.write_text(json.dumps(self.schedule, indent=1, default=repr) + "\n")
         os.replace(new, path)

@@ -122,7 +122,7 @@ class Problem:
             "score": getattr(self.score, "__name__", type(self.score).__name__),
             "scores": self.scores,
             "merge": self.merge,
-            "options": {name: repr(value) for name, value in sorted(self.options.items())},
+            "options": self.options,
         }
 
 

@@ -39,7 +39,7 @@ class Trials:
 
     def __init__(self, storage: str | Path | None, identity: Mapping[str, Any]) -> None:
         self._study = _open(storage)
-        asked = json.loads(json.dumps(identity))
+        asked = json.loads(json.dumps(identity, default=repr))
         known = self._study.user_attrs.get("identity")
         if known is None:
             self._study.set_user_attr("identity", asked)
@@ -88,13 +88,13 @@ def _open(storage: str | Path | None) -> optuna.Study:
         raise ValueError(f"storage must be a file in a folder that exists, got {storage}")
     try:
         journal = JournalStorage(JournalFileBackend(str(path)))
+        return optuna.create_study(
+            storage=journal, study_name=STUDY, direction="maximize", load_if_exists=True
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"storage must be a journal of optuna's, got {storage}: {error}"
         ) from error
-    return optuna.create_study(
-        storage=journal, study_name=STUDY, direction="maximize", load_if_exists=True
-    )
 
 
 @contextmanager

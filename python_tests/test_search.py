@@ -1,0 +1,418 @@
+"""The search for a schedule: its algorithms, what it costs by formula, and that it goes on."""
+
+import json
+import sys
+from itertools import pairwise
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+pytest.importorskip("optuna")  # an extra, which make installs
+
+import restore_ext
+from restore_ext.search import (
+    Shape,
+    exact_match,
+    find_schedule,
+    first_token,
+    flops,
+    kv_bytes,
+    log_likelihood,
+)
+from restore_ext.search.budget import FlopsBudget, LatencyBudget, knot_counts
+from restore_ext.search.find import most_steps
+from restore_ext.search.gsearch import gsearch
+from restore_ext.search.psigmoid import STARTS, constant, psigmoid
+from restore_ext.search.trials import Trial, Trials
+from restore_ext.testing.models import ONE_IMAGE, RAGGED, TWO_IMAGES, make_inputs, tiny_model
+
+LLAVA_TOKENS, LAYERS = 64, 4
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model("llava")
+
+
+@pytest.fixture(scope="module")
+def examples(model):
+    """Prompts, and the word that the whole model says."""
+    made = []
+    for seed in range(3):
+        inputs = make_inputs("llava", ONE_IMAGE, seed=seed)
+        with torch.no_grad():
+            made.append((inputs, model(**inputs).logits[0, -1].argmax().item()))
+    return made
+
+
+class Counting:
+    """A score that counts its calls, and can be stopped in one."""
+
+    def __init__(self, stop_at=None):
+        self.calls, self.stop_at = 0, stop_at
+        self.__name__ = "counting"
+
+    def __call__(self, model, inputs, label):
+        if self.calls == self.stop_at:
+            raise KeyboardInterrupt
+        self.calls += 1
+        return log_likelihood(model, inputs, label)
+
+
+# --- the algorithms
+
+
+@pytest.mark.parametrize(
+    "needs",
+    [
+        (20, 20, 13, 13, 0),
+        (20, 19, 7, 1, 0),
+        (20, 0, 0, 0, 0),
+        (20, 20, 20, 20, 20),
+        (20, 20, 20, 5, 5),
+    ],
+)
+@pytest.mark.parametrize("first", [1, 3])
+def test_gsearch_finds_the_fewest_tokens_that_do(needs, first):
+    asked = []
+
+    def does(counts):
+        asked.append(counts)
+        return all(count >= need for count, need in zip(counts, needs, strict=True))
+
+    wanted = (20,) * first + needs[first:]
+    assert gsearch(5, first, 20, does) == wanted
+    assert len(set(asked)) <= most_steps(5, first, 20)
+    for counts in asked:
+        assert counts[:first] == (20,) * first
+        assert all(one >= other for one, other in pairwise(counts)), "counts never grow with depth"
+
+
+def test_gsearch_returns_only_what_was_seen_to_do():
+    seen = {}
+
+    def does(counts):  # as noise would have it: not monotone
+        seen[counts] = sum(counts) % 3 != 0
+        return seen[counts]
+
+    found = gsearch(4, 1, 30, does)
+    assert seen[found]
+
+
+def fits_of(budget, depth):
+    """Squares, so that where tokens are matters."""
+    return lambda counts: sum(c * c for c in counts) <= budget * depth * 50**2
+
+
+@pytest.mark.parametrize("budget", [0.26, 0.4, 0.7, 0.99, 1.0])
+@pytest.mark.parametrize("depth", [4, 7])
+def test_every_curve_falls_and_is_on_the_budget(budget, depth):
+    fits = fits_of(budget, depth)
+    n, generator = 50, torch.Generator().manual_seed(0)
+    drawn = [dict(zip(STARTS[0], torch.rand(3, generator=generator).tolist(), strict=True))
+             for _ in range(20)]  # fmt: skip
+    drawn = [{**point, "steepness": 200 ** point["steepness"]} for point in drawn]
+    made = [psigmoid(depth, 1, n, point, fits) for point in (*STARTS, *drawn)]
+    for counts in made:
+        assert counts[0] == n and len(counts) == depth
+        assert all(one >= other >= 0 for one, other in pairwise(counts))
+        assert fits(counts)
+        # No token more in every layer would fit: nothing of the budget is given away.
+        assert budget == 1 or not fits((n, *(min(n, c + 1) for c in counts[1:])))
+    assert made[0] == constant(depth, 1, n, fits), "the search starts from the constant schedule"
+    assert len(set(made)) > 5 or budget > 0.9
+
+
+def test_a_curve_without_room_is_refused():
+    assert constant(4, 1, 50, fits_of(0.1, 4)) is None
+    with pytest.raises(ValueError, match="budget must leave room for the prompt"):
+        psigmoid(4, 1, 50, STARTS[0], fits_of(0.1, 4))
+
+
+def test_latency_is_predicted_from_constant_schedules_and_corrected_by_trials():
+    knots = [(0, 10.0), (50, 20.0), (100, 19.0)]  # noise: more tokens cannot be faster
+    budget = LatencyBudget(15.0, 1, knots)
+    assert budget.predict((100, 50, 0, 25)) == pytest.approx((20 + 10 + 15) / 3)
+    assert budget.predict((100, 100, 100, 100)) == pytest.approx(20)
+    assert budget.fits((100, 50, 0, 25)) and not budget.fits((100, 50, 25, 25))
+    slow = Trial((100, 50, 0, 25), 1.0, {"low": 0.0}, {"latency_ms": 18.0})
+    budget.learn([slow])
+    assert not budget.fits((100, 50, 0, 25)) and budget.fits((100, 25, 0, 0))
+    assert not budget.allows(slow)
+    assert knot_counts(100) == [0, 25, 50, 75, 100] and knot_counts(2) == [0, 1, 2]
+
+
+# --- the formulas
+
+
+@pytest.mark.parametrize("text", [{}, {"num_key_value_heads": 4}, {"head_dim": 64}])
+def test_flops_are_those_that_torch_counts_in_the_layers(text):
+    model = tiny_model("llava", attn="eager", **text)  # the counter knows no sdpa of the CPU
+    inputs = make_inputs("llava", ONE_IMAGE)
+    schedule = {"layers": [1.0, 0.5, 0.5, 0.1], "scores": "none"}
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), restore_ext.attach(model, schedule=schedule, backend="mask") as handle:
+        with counter:
+            model(**inputs, use_cache=True)
+        visual = [layer.visual[0] for layer in handle.last.layers]
+        kv = handle.last.kv_bytes
+    assert visual == [64, 32, 32, 6]
+    others = inputs["input_ids"].shape[1] - 64
+    counts = counter.get_flop_counts()
+    layers = [name for name in counts if name.rpartition(".")[0].endswith("language_model.layers")]
+    assert len(layers) == LAYERS
+    total = sum(sum(counts[name].values()) for name in layers)
+    assert 2 * flops(model.config, visual, others) == total
+    assert kv_bytes(model.config, visual, others, dtype=torch.float32) == kv
+
+
+def test_flops_are_the_papers_where_heads_are_as_wide_as_the_model():
+    config = tiny_model("llava", num_key_value_heads=4).config
+    C, F, N = 128, 96, 70
+    assert flops(config, [64] * 4, 6) == 4 * (4 * N * C * C + 2 * N * N * C + 3 * N * C * F)
+    assert kv_bytes(config, [64] * 4, 6) == 2 * 4 * N * C * 2
+
+
+@pytest.mark.parametrize(
+    ("visual", "text", "error", "message"),
+    [
+        ([64] * 3, 0, ValueError, "visual must be 4 ints, one a layer of the model, got"),
+        ("6464", 0, ValueError, "visual must be 4 ints"),
+        ([64, 64, -1, 0], 0, ValueError, r"visual\[2\] must be an int >= 0, got -1"),
+        ([64, 64, 0.5, 0], 0, TypeError, r"visual\[2\] must be an int, got 0.5"),
+        ([64] * 4, -3, ValueError, "text must be an int >= 0, got -3"),
+    ],
+)
+def test_costs_refuse_what_is_no_schedule(model, visual, text, error, message):
+    for cost in (flops, kv_bytes):
+        with pytest.raises(error, match=message):
+            cost(model.config, visual, text)
+
+
+def test_a_row_keeps_its_share_of_each_image():
+    assert Shape((24, 15), 9).visual([1.0, 0.5, 0.01, 0.0]) == [39, 12 + 8, 2, 0]
+
+
+# --- the whole search
+
+
+def test_psigmoid_keeps_to_its_budget_and_finds_no_worse_than_constant(model, examples, tmp_path):
+    found = find_schedule(model, examples, log_likelihood, budget=0.6, trials=9)
+    assert found.tokens[0] == 64 and all(a >= b for a, b in pairwise(found.tokens))
+    text = examples[0][0]["input_ids"].shape[1] - 64
+    whole = flops(model.config, [64] * 4, text)
+    assert found.flops == pytest.approx(flops(model.config, found.tokens, text) / whole)
+    assert 0.55 < found.flops <= 0.6
+    whole = kv_bytes(model.config, [64] * 4, text)
+    assert found.kv_bytes == pytest.approx(kv_bytes(model.config, found.tokens, text) / whole)
+
+    def score(schedule):
+        with torch.no_grad(), restore_ext.attach(model, schedule=schedule) as handle:
+            values = [log_likelihood(model, *example)[0] for example in examples]
+            assert [layer.visual for layer in handle.last.layers] == [[n] for n in found.tokens]
+        return sum(values) / len(values)
+
+    found.save(tmp_path / "found.json")
+    assert score(tmp_path / "found.json") == pytest.approx(found.accuracy, abs=1e-6)
+    about = json.loads((tmp_path / "found.json").read_text())["about"]
+    assert about["budget"] == 0.6 and about["seed"] == 0 and about["rows"] == 3
+    assert about["share of flops"] == round(found.flops, 4)
+    fits = FlopsBudget(
+        0.6, lambda c: flops(model.config, c, text) / flops(model.config, [64] * 4, text)
+    ).fits
+    level = constant(4, 1, 64, fits)
+    found.tokens[:] = level
+    assert found.accuracy >= score({"layers": [c / 64 for c in level]}) - 1e-6
+    again = find_schedule(model, examples, log_likelihood, budget=0.6, trials=9)
+    assert again.schedule == found.schedule, "the same seed finds the same"
+
+
+def test_gsearch_loses_nothing_on_a_ragged_batch_of_several_images():
+    model = tiny_model("qwen2_5_vl")
+    inputs = make_inputs("qwen2_5_vl", RAGGED)
+    with torch.no_grad():
+        words = model(**inputs).logits[:, -1].argmax(-1).tolist()
+    found = find_schedule(
+        model, [(inputs, words)], algorithm="gsearch", scores="none", options={"restore": False}
+    )
+    assert found.accuracy == found.accuracy_whole == 1
+    assert found.tokens[0] == 24 and all(a >= b for a, b in pairwise(found.tokens))
+    assert found.tokens[-1] < 24 and found.flops < 1
+    assert found.schedule["about"]["rows"] == 2
+    with torch.no_grad(), restore_ext.attach(model, schedule=found.schedule, restore=False):
+        assert model(**inputs).logits[:, -1].argmax(-1).tolist() == words
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [{"budget": 0.5, "trials": 8}, {"algorithm": "gsearch", "tolerance": 0.5}],
+    ids=["psigmoid", "gsearch"],
+)
+def test_a_search_that_was_stopped_goes_on_and_measures_nothing_twice(
+    model, examples, tmp_path, asked
+):
+    whole = Counting()
+    wanted = find_schedule(model, examples, whole, **asked)
+    assert whole.calls == 3 * wanted.trials > 3 * 5, "no schedule was measured twice"
+    stopped = Counting(stop_at=3 * 4 + 1)  # in the fifth schedule
+    storage = tmp_path / "trials"
+    with pytest.raises(KeyboardInterrupt):
+        find_schedule(model, examples, stopped, **asked, storage=storage)
+    assert restore_ext.hf.handle.handle_of(model) is None
+    rest = Counting()
+    found = find_schedule(model, examples, rest, **asked, storage=storage)
+    assert found == wanted, "it finds what it would have found"
+    assert rest.calls == whole.calls - 3 * 4
+    third = Counting(stop_at=0)
+    assert find_schedule(model, examples, third, **asked, storage=storage) == wanted
+    others = {
+        "examples": {"examples": examples[:2]},
+        "scores": {"scores": "none"},
+        "options": {"options": {"restore": False}},
+        "score": {"score": first_token},
+    }
+    for name, other in others.items():
+        given = {"examples": examples, "score": third, **asked, **other}
+        with pytest.raises(ValueError, match=rf"storage must be of the same search.*{name}"):
+            find_schedule(model, storage=storage, **given)
+    with pytest.raises(ValueError, match=r"storage must be of the same search.*model"):
+        find_schedule(tiny_model("llava", seed=1), examples, third, **asked, storage=storage)
+
+
+def test_more_trials_go_on_from_fewer(model, examples, tmp_path):
+    given = {"score": log_likelihood, "budget": 0.5}
+    wanted = find_schedule(model, examples, **given, trials=7)
+    find_schedule(model, examples, **given, trials=5, storage=tmp_path / "t")
+    assert find_schedule(model, examples, **given, trials=7, storage=tmp_path / "t") == wanted
+
+
+def test_a_latency_budget_is_kept_by_the_clock(model, examples, monkeypatch):
+    asked = []
+
+    def clock(self, layers):  # a machine on which every token takes a millisecond, and cuts three
+        asked.append(tuple(layers))
+        cuts = len({*layers}) - 1
+        return sum(round(64 * share) for share in layers) + 3.0 * cuts
+
+    monkeypatch.setattr("restore_ext.search.problem.Problem.latency", clock)
+    found = find_schedule(model, examples, log_likelihood, latency_ms=150.0, trials=8)
+    took = sum(found.tokens) + 3 * (len({*found.tokens}) - 1)
+    assert 120 < took <= 150
+    assert found.schedule["about"]["latency"] == f"{took:.3f} ms"
+    with pytest.raises(ValueError, match="latency_ms must be at least 67, what is left"):
+        find_schedule(model, examples, log_likelihood, latency_ms=60.0, trials=8)
+    # What no prediction can know: whatever is cut twice takes a second.
+    monkeypatch.setattr(
+        "restore_ext.search.problem.Problem.latency",
+        lambda self, layers: 1e3 if len({*layers}) > 2 else clock(self, layers),
+    )
+    monkeypatch.setattr("restore_ext.search.find.STARTS", STARTS[2:3])
+    refused = r"none of 1 schedules took at most 150\.0 ms, the fastest 1e\+03 ms"
+    with pytest.raises(RuntimeError, match=refused):
+        find_schedule(model, examples, log_likelihood, latency_ms=150.0, trials=1)
+
+
+def test_the_clock_runs(model, examples):
+    from restore_ext.search.problem import Problem
+
+    problem = Problem(model, examples, first_token, "attention", False, None)
+    assert 0 < problem.latency([1.0] * 4) < 1e4 and problem.latency([1.0, 0.5, 0.5, 0.5]) > 0
+
+
+# --- scores
+
+
+def test_scores_are_one_number_a_row(model):
+    inputs = make_inputs("llava", [(5, *TWO_IMAGES[0][1:2], 7), (9, *ONE_IMAGE[0][1:])])
+    with torch.no_grad():
+        logits = model(**inputs).logits[:, -1]
+        words = logits.argmax(-1).tolist()
+        assert first_token(model, inputs, words) == [1.0, 1.0]
+        assert first_token(model, inputs, [words[0], words[1] + 1]) == [1.0, 0.0]
+        wanted = logits.log_softmax(-1)[[0, 1], words].tolist()
+        assert log_likelihood(model, inputs, words) == pytest.approx(wanted, abs=1e-5)
+        with pytest.raises(ValueError, match="label must be 2 token ids, one a row, got 7"):
+            first_token(model, inputs, 7)
+
+        class Processor:
+            def batch_decode(self, ids, skip_special_tokens):
+                assert skip_special_tokens
+                return [" ".join(f"W{i}" for i in row) + " " for row in ids.tolist()]
+
+        match = exact_match(Processor(), max_new_tokens=2)
+        new = model.generate(**inputs, max_new_tokens=2, do_sample=False)[:, -2:].tolist()
+        said = [" ".join(f"w{i}" for i in row) for row in new]
+        assert match(model, inputs, said) == [1.0, 1.0]
+        assert match(model, inputs, [said[0] + " x", said[1]]) == [0.0, 1.0]
+        assert match.__name__ == "exact_match(max_new_tokens=2)"
+
+
+# --- refusals
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({}, ValueError, "psigmoid needs one of budget and latency_ms"),
+        ({"budget": 0.5, "latency_ms": 3}, ValueError, "psigmoid needs one of"),
+        ({"budget": 1.5}, ValueError, r"budget must be in \(0, 1\], got 1.5"),
+        ({"budget": 0}, ValueError, r"budget must be in \(0, 1\], got 0"),
+        ({"budget": "half"}, TypeError, "budget must be a float, got 'half'"),
+        ({"budget": 0.26}, ValueError, r"budget must be at least 0\.\d+, what is left without"),
+        ({"latency_ms": -1}, ValueError, "latency_ms must be a number >= 0, got -1"),
+        ({"budget": 0.5, "tolerance": 0.1}, ValueError, "takes a budget or latency_ms, not a tol"),
+        ({"algorithm": "gsearch", "budget": 0.5}, ValueError, "gsearch takes a tolerance, not"),
+        ({"algorithm": "gsearch", "tolerance": -1}, ValueError, "tolerance must be a number >= 0"),
+        ({"algorithm": "grid"}, ValueError, "algorithm must be one of psigmoid, gsearch, got"),
+        ({"budget": 0.5, "trials": 0}, ValueError, "trials must be an int >= 1, got 0"),
+        ({"budget": 0.5, "seed": 0.5}, TypeError, "seed must be an int, got 0.5"),
+        ({"budget": 0.5, "scores": "luck"}, ValueError, "scores must be one of attention"),
+        ({"budget": 0.5, "merge": 1}, TypeError, "merge must be True or False, got 1"),
+        ({"budget": 0.5, "score": "exact"}, TypeError, "score must be a function of"),
+        ({"budget": 0.5, "examples": []}, ValueError, "examples must be at least one"),
+        ({"budget": 0.5, "examples": [3]}, TypeError, r"examples\[0\] must be \(inputs, label\)"),
+        ({"budget": 0.5, "examples": [(3, 4)]}, TypeError, "a dict of model inputs first, got int"),
+        ({"budget": 0.5, "examples": [({}, 4)]}, ValueError, "must have input_ids and pixel_va"),
+        ({"budget": 0.5, "options": {"keep": 9}}, ValueError, r"to the search, got \['keep'\]"),
+        ({"budget": 0.5, "options": {"layer0": "x"}}, ValueError, "layer0 must be one of"),
+        ({"budget": 0.5, "storage": "no/where/t"}, ValueError, "must be a file in a folder"),
+    ],
+)  # fmt: skip
+def test_what_is_refused(model, examples, given, error, message):
+    score = Counting(stop_at=3)  # what has to know the prompts has measured the whole model
+    with pytest.raises(error, match=message):
+        find_schedule(model, **{"examples": examples, "score": score, **given})
+    assert restore_ext.hf.handle.handle_of(model) is None
+
+
+def test_an_attached_model_and_a_foreign_storage_are_refused(model, examples, tmp_path):
+    with (
+        restore_ext.attach(model, keep=9),
+        pytest.raises(RuntimeError, match="model must not be attached"),
+    ):
+        find_schedule(model, examples, budget=0.5)
+    (tmp_path / "t").write_text("no journal\n")
+    with pytest.raises(ValueError, match="storage must be a journal of optuna's"):
+        find_schedule(model, examples, budget=0.5, storage=tmp_path / "t")
+    text = {**examples[0][0], "input_ids": torch.full((1, 5), 7)}
+    text["attention_mask"] = torch.ones(1, 5, dtype=torch.int64)
+    with pytest.raises(ValueError):
+        find_schedule(model, [(text, 3)], budget=0.5)
+
+
+def test_without_optuna_it_says_what_to_install(model, examples, monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    monkeypatch.delitem(sys.modules, "restore_ext.search.trials")
+    with pytest.raises(ModuleNotFoundError, match="needs optuna: pip install optuna tqdm"):
+        find_schedule(model, examples, budget=0.5)
+
+
+def test_trials_are_kept_as_they_were(tmp_path):
+    kept = Trials(tmp_path / "t", {"a": 1})
+    trial = Trial((9, 4), 0.1 + 0.2, {}, {"flops": 1 / 3})
+    kept.add(trial)
+    assert kept.once("x", lambda: [1, 2]) == [1, 2]
+    again = Trials(tmp_path / "t", {"a": 1})
+    assert again.all == [trial] and again.find((9, 4)) == trial and again.find((9, 5)) is None
+    assert again.once("x", lambda: None) == [1, 2]
