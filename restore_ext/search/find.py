@@ -211,7 +211,7 @@ class _Search:
 
     def found(self, best: "Trial", rule: Mapping[str, Any]) -> Found:
         costs = {"flops": self.share(best.counts), "kv_bytes": self.share(best.counts, "_kv")}
-        shown = {f"share of {name}": round(value, 4) for name, value in costs.items()}
+        shown: dict[str, Any] = {f"share of {n}": round(v, 4) for n, v in costs.items()}
         if self.timed:
             shown["latency"] = f"{best.costs['latency_ms']:.3f} ms"
         measured = len({trial.counts for trial in self.kept.all})
