@@ -36,7 +36,7 @@ JOURNALS = Path("build/search_pocket")  # what a run that is stopped leaves to t
 BEGIN, END = "<!-- search-table:begin -->", "<!-- search-table:end -->"
 ENOUGH = 1000  # questions, for a table that is shown
 TOKENS, TEXT = 576, 14  # of a prompt; the questions' mean length, to compare schedules by
-BATCH = 32
+BATCH = 16
 BUDGET, TOLERANCE = 0.5, 0.02
 
 SEARCHES: dict[str, dict[str, Any]] = {
@@ -57,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--search-questions", type=int, default=128)
     parser.add_argument("--trials", type=int, default=20, help="of each search by psigmoid")
     parser.add_argument("--questions", type=int, default=1024, help="held-out ones")
+    parser.add_argument("--only", default="", help="searches whose name has this in it")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--journals", type=Path, default=JOURNALS)
     parser.add_argument("--table", action="store_true", help="write the table, ask nothing")
@@ -75,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     asked += [Configuration(name, {"schedule": f}) for name, f in found.items()]
     asked += list({c.name: c for others in rivals.values() for c in others}.values())
     right = kept(a.results, facts, asked)
-    for batch in tqdm(plan(a.questions, asked, right), unit="batch"):
+    for batch in tqdm(plan(a.questions, asked, right, BATCH), unit="batch"):
         if batch.todo:
             add(right, batch, answer(model, processor, batch))
             rows = [row(model.config, c, right[c.name]) for c in asked]
@@ -87,10 +88,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 def search(model: Any, processor: Any, a: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """The schedule of each search, by name."""
     a.journals.mkdir(parents=True, exist_ok=True)
-    examples = pocket_examples(processor, a.search_questions, BATCH)
+    examples = pocket_examples(processor, a.search_questions)
     found = {}
     with remembered_features(model, len(examples)):
         for name, given in SEARCHES.items():
+            if a.only not in name:
+                continue
             file = a.journals / f"{name.replace(', ', '-').replace(' ', '-')}.journal"
             more = {"trials": a.trials, "storage": file, "progress": True}
             result = find_schedule(model, examples, **given, **more)

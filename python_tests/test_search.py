@@ -370,6 +370,7 @@ def test_scores_are_one_number_a_row(model):
         ({"budget": 0.5, "scores": "luck"}, ValueError, "scores must be one of attention"),
         ({"budget": 0.5, "merge": 1}, TypeError, "merge must be True or False, got 1"),
         ({"budget": 0.5, "score": "exact"}, TypeError, "score must be a function of"),
+        ({"budget": 0.5, "score": lambda *_: [1, 2]}, ValueError, "score must return 1 numbers, o"),
         ({"budget": 0.5, "examples": []}, ValueError, "examples must be at least one"),
         ({"budget": 0.5, "examples": [3]}, TypeError, r"examples\[0\] must be \(inputs, label\)"),
         ({"budget": 0.5, "examples": [(3, 4)]}, TypeError, "a dict of model inputs first, got int"),

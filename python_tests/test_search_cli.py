@@ -13,7 +13,7 @@ from restore_ext.cli import main
 from restore_ext.pocket import held_out, load_pocket
 from restore_ext.pocket.eval import Configuration, first_words
 from restore_ext.pocket.scenes import HELD_OUT
-from restore_ext.search import examples, flops
+from restore_ext.search import examples, find_schedule, flops
 
 FEW = ["search", "--model", "pocket", "--questions", "3"]
 
@@ -75,6 +75,23 @@ def test_a_search_on_a_file_of_questions_by_gsearch(tmp_path, questions, capsys)
     assert found["about"]["score"] == "exact_match(max_new_tokens=1)"
     assert found["about"]["options"] == {"restore": False, "backend": "op"}
     assert "with all tokens 1.000, on 2 questions" in capsys.readouterr().out
+
+
+def test_a_search_by_the_clock_times_one_prompt_at_a_time(tmp_path, monkeypatch):
+    asked = []
+
+    def listen(model, given, *rest, **more):
+        asked.extend(len(inputs["input_ids"]) for inputs, _ in given)
+        return find_schedule(model, given, *rest, **more)
+
+    monkeypatch.setattr("restore_ext.cli.search.find_schedule", listen)
+    file = tmp_path / "found.json"
+    given = ["search", "--model", "pocket", "--questions", "2", "--trials", "1"]
+    assert main([*given, "--latency-ms", "1e6", "--output", str(file)]) == 0
+    about = json.loads(file.read_text())["about"]
+    assert about["tokens"] == [576] * 4, "all that there is room for"
+    assert 0 < float(about["latency"].removesuffix(" ms")) < 1e4
+    assert asked == [1, 1]
 
 
 def test_pocket_is_asked_what_no_evaluation_asks():

@@ -12,7 +12,7 @@ from restore_ext.cli.load import encode_prompt, load, quiet, to_model
 from restore_ext.pocket import is_pocket
 from restore_ext.pocket.shared import remembered_features
 from restore_ext.search import exact_match, find_schedule, first_token
-from restore_ext.search.examples import pocket_examples
+from restore_ext.search.examples import DEFAULT_BATCH, pocket_examples
 from restore_ext.search.find import require_limits
 from restore_ext.search.found import Found
 from restore_ext.search.score import Score
@@ -37,10 +37,9 @@ def search(arguments: argparse.Namespace) -> None:
     examples: list[tuple[dict[str, Any], Any]]
     if questions is None:
         score = first_token
-        examples = [
-            (to_model(inputs, model), answers)
-            for inputs, answers in pocket_examples(processor, a.questions or DEFAULT_QUESTIONS)
-        ]
+        count = a.questions or DEFAULT_QUESTIONS
+        own = pocket_examples(processor, count, DEFAULT_BATCH if a.latency_ms is None else 1)
+        examples = [(to_model(inputs, model), answers) for inputs, answers in own]
     else:
         score = exact_match(processor, a.max_new_tokens)
         examples = [

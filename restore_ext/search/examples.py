@@ -10,10 +10,11 @@ from restore_ext.pocket.scenes import ID, held_out
 
 # Scenes that no training run has seen, and no evaluation: those count from 0.
 FIRST = 1_000_000
+DEFAULT_BATCH = 32
 
 
 def pocket_examples(
-    processor: Any, questions: int, batch: int = 32
+    processor: Any, questions: int, batch: int = DEFAULT_BATCH
 ) -> list[tuple[dict[str, Tensor], list[int]]]:
     """(inputs, first token ids of the answers) of drawn scenes, `batch` questions at a time."""
     require_count("questions", questions)

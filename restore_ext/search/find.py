@@ -222,7 +222,7 @@ class _Search:
             "tokens": list(best.counts),
             "accuracy": round(best.accuracy, 4),
             "accuracy with all tokens": round(self.whole.accuracy, 4),
-            "score": self.problem.identity()["score"],
+            "score": self.problem.score_name,
             "rows": len(self.shapes),
             "schedules measured": measured,
             **shown,

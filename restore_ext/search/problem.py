@@ -52,6 +52,10 @@ class Problem:
         with self.attached([1.0] * self.first + [0.5] * (self.depth - self.first)):
             pass  # what attach() refuses, it refuses now
 
+    @property
+    def score_name(self) -> str:
+        return getattr(self.score, "__name__", type(self.score).__name__)
+
     def schedule(self, layers: Sequence[float]) -> dict[str, Any]:
         """What attach() takes."""
         return {"layers": list(layers), "scores": self.scores, "merge": self.merge}
@@ -91,7 +95,13 @@ class Problem:
         with self.attached(layers):
             for inputs, label in self.examples:
                 given = self.score(self.model, inputs, label)
-                values += [float(v) for v in given] if hasattr(given, "__iter__") else [given]
+                numbers = torch.as_tensor(given, dtype=torch.float64).reshape(-1).tolist()
+                if len(numbers) != len(inputs["input_ids"]):
+                    raise ValueError(
+                        f"score must return {len(inputs['input_ids'])} numbers, one a row, got "
+                        f"{given!r}"
+                    )
+                values += numbers
         return sum(values) / len(values)
 
     @torch.no_grad()
@@ -119,7 +129,7 @@ class Problem:
         return {
             "model": _digest_of_model(self.model),
             "examples": _digest_of(self.examples),
-            "score": getattr(self.score, "__name__", type(self.score).__name__),
+            "score": self.score_name,
             "scores": self.scores,
             "merge": self.merge,
             "options": self.options,
