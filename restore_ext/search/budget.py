@@ -19,8 +19,11 @@ class FlopsBudget:
     def __init__(self, limit: float, share: Callable[[Counts], float]) -> None:
         self._limit, self._share = limit, share
 
+    def cost(self, counts: Counts) -> float:
+        return self._share(counts)
+
     def fits(self, counts: Counts) -> bool:
-        return self._share(counts) <= self._limit
+        return self.cost(counts) <= self._limit
 
     def allows(self, trial: Trial) -> bool:
         """Whether a schedule that was measured is within the budget."""
@@ -39,19 +42,19 @@ class LatencyBudget:
         self._tokens = [count for count, _ in knots]
         self._times = list(accumulate((time for _, time in knots), max))  # noise must not fall
 
-    def predict(self, counts: Counts) -> float:
-        """The mean over the layers of what the whole model would take with a layer's tokens."""
+    def cost(self, counts: Counts) -> float:
+        """Milliseconds: the mean over layers of what a model of such layers alone would take."""
         return float(np.interp(counts[self._first :], self._tokens, self._times).mean())
 
     def fits(self, counts: Counts) -> bool:
-        return self._slow * self.predict(counts) <= self._limit
+        return self._slow * self.cost(counts) <= self._limit
 
     def allows(self, trial: Trial) -> bool:
         return trial.costs["latency_ms"] <= self._limit
 
     def learn(self, trials: Sequence[Trial]) -> None:
         """Aims lower, if trials took longer than predicted."""
-        ratios = [t.costs["latency_ms"] / self.predict(t.counts) for t in trials]
+        ratios = [t.costs["latency_ms"] / self.cost(t.counts) for t in trials]
         self._slow = max(1.0, median(ratios)) if ratios else 1.0
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from functools import partial
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from restore_ext.search.cost import Counts, Shape, flops, kv_bytes, mean_over
 from restore_ext.search.found import Found
 from restore_ext.search.gsearch import gsearch, most_steps
 from restore_ext.search.problem import Problem, share_layers
-from restore_ext.search.psigmoid import PARAMETERS, STARTS, constant, psigmoid
+from restore_ext.search.psigmoid import psigmoid
 from restore_ext.search.score import Inputs, Score, first_token
 
 if TYPE_CHECKING:
@@ -102,7 +103,10 @@ class _Search:
         config = problem.model.config
         self._flops = mean_over(self.shapes, partial(flops, config))
         self._kv = mean_over(self.shapes, partial(kv_bytes, config))
-        self.whole = self.measure((self.n,) * problem.depth)
+
+    @property
+    def whole(self) -> "Trial":
+        return self.measure((self.n,) * self.problem.depth)
 
     def layers(self, counts: Counts) -> list[float]:
         return share_layers(counts, self.n)
@@ -127,7 +131,7 @@ class _Search:
         else:
             accuracy, costs = known.accuracy, known.costs
         trial = Trial(counts, accuracy, params or {}, costs)
-        self.kept.add(trial, _spaces() if params else None)
+        self.kept.add(trial)
         return trial
 
     def greedy(self, tolerance: float, progress: bool) -> "Trial":
@@ -150,41 +154,26 @@ class _Search:
         seed: int,
         progress: bool,
     ) -> "Trial":
-        import optuna
+        from restore_ext.search.proposals import Proposals
 
         budget = self._budget(limit, latency_ms)
         depth, first, n = self.problem.depth, self.problem.first, self.n
-        if constant(depth, first, n, budget.fits) is None:
-            least = (n,) * first + (0,) * (depth - first)
-            name, value = ("budget", f"{self.share(least):.3g}")
-            if latency_ms is not None:
-                name, value = "latency_ms", f"{self.measure(least).costs['latency_ms']:.3g}"
+        least = (n,) * first + (0,) * (depth - first)
+        if not budget.fits(least):
+            name, got = ("budget", limit) if latency_ms is None else ("latency_ms", latency_ms)
             raise ValueError(
-                f"{name} must be at least {value}, what is left without visual tokens behind "
-                f"layer {first - 1}, got {limit if latency_ms is None else latency_ms}"
+                f"{name} must be at least {ceil(1e4 * budget.cost(least)) / 1e4}, what is left "
+                f"without visual tokens behind layer {first - 1}, got {got}"
             )
-        done = [t for t in self.kept.all if t.params]
-        study = optuna.create_study(direction="maximize")
-        spaces = _spaces()
-        for trial in done:
-            study.add_trial(
-                optuna.trial.create_trial(
-                    params=dict(trial.params), distributions=spaces, value=trial.accuracy
-                )
-            )
+        self.measure((n,) * depth)
+        done = [trial for trial in self.kept.all if trial.params]
+        proposals = Proposals(seed, [(trial.params, trial.accuracy) for trial in done])
         with _bar(progress, trials, len(done)) as bar:
             while len(done) < trials:
                 budget.learn(done)
-                # Anew for each: a run that was stopped goes on as if it had not been.
-                study.sampler = optuna.samplers.TPESampler(
-                    seed=seed + len(done), n_startup_trials=2 * len(STARTS), multivariate=True
-                )
-                if len(done) < len(STARTS):
-                    study.enqueue_trial(STARTS[len(done)])
-                asked = study.ask(spaces)
-                counts = psigmoid(depth, first, n, asked.params, budget.fits)
-                done.append(self.measure(counts, asked.params))
-                study.tell(asked, done[-1].accuracy)
+                params = proposals.ask()
+                done.append(self.measure(psigmoid(depth, first, n, params, budget.fits), params))
+                proposals.tell(done[-1].accuracy)
                 bar.update()
         allowed = [trial for trial in done if budget.allows(trial)]
         if not allowed:
@@ -259,12 +248,6 @@ def require_limits(algorithm: str, budget: Any, latency_ms: Any, tolerance: Any)
         raise ValueError(f"psigmoid needs one of budget and latency_ms, got {given}")
     if budget is not None:
         checks.require_share("budget", budget, above_zero=True)
-
-
-def _spaces() -> dict[str, Any]:
-    from optuna.distributions import FloatDistribution
-
-    return {n: FloatDistribution(low, high, log=log) for n, (low, high, log) in PARAMETERS.items()}
 
 
 def _bar(progress: bool, total: int, initial: int = 0) -> Any:

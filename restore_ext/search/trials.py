@@ -12,6 +12,7 @@ from optuna.storages import InMemoryStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
 from restore_ext.search.cost import Counts
+from restore_ext.search.proposals import SPACES
 
 STUDY = "restore_ext"
 
@@ -55,11 +56,11 @@ class Trials:
     def find(self, counts: Counts) -> Trial | None:
         return self._known.get(counts)
 
-    def add(self, trial: Trial, spaces: Mapping[str, Any] | None = None) -> None:
-        """Keeps a measurement; spaces  the distributions of its parameters."""
+    def add(self, trial: Trial) -> None:
+        """Keeps a measurement."""
         made = optuna.trial.create_trial(
             params=dict(trial.params),
-            distributions=dict(spaces or {}),
+            distributions={name: SPACES[name] for name in trial.params},
             value=trial.accuracy,
             user_attrs={"counts": list(trial.counts), "costs": dict(trial.costs)},
         )
