@@ -89,6 +89,13 @@ def test_gsearch_finds_the_fewest_tokens_that_do(needs, first):
         assert all(one >= other for one, other in pairwise(counts)), "counts never grow with depth"
 
 
+def test_gsearch_is_right_to_the_token():
+    for need in range(21):
+        for then in range(need + 1):
+            found = gsearch(3, 1, 20, lambda counts: counts[1] >= need and counts[2] >= then)  # noqa: B023
+            assert found == (20, need, then)
+
+
 def test_gsearch_returns_only_what_was_seen_to_do():
     seen = {}
 
@@ -140,6 +147,8 @@ def test_latency_is_predicted_from_constant_schedules_and_corrected_by_trials():
     budget.learn([slow])
     assert not budget.fits((100, 50, 0, 25)) and budget.fits((100, 25, 0, 0))
     assert not budget.allows(slow)
+    budget.learn([Trial((100, 0, 0, 0), 1.0, {"low": 0.0}, {"latency_ms": 40.0})])
+    assert budget.fits((100, 0, 0, 0)) and not budget.fits((100, 9, 9, 9)), "a curve is left"
     assert knot_counts(100) == [0, 25, 50, 75, 100] and knot_counts(2) == [0, 1, 2]
 
 

@@ -128,7 +128,7 @@ def wrong(tmp_path, questions):
         "no questions": ([*data, str(empty)], f"--data: {empty} has no questions"),
         "no answer": ([*data, str(bad)], "line 1 must have texts image, prompt, answer, got"),
         "no json": ([*data, str(tmp_path / "word.jsonl")], "line 1 is not JSON"),
-        "no picture": ([*data, str(gone)], f"--data: there is no file {tmp_path / 'gone.png'}"),
+        "no picture": ([*data, str(gone)], f"line 1: there is no file {tmp_path / 'gone.png'}"),
         "trials": ([*FEW, "--trials", "0"], "--trials must be at least 1, got 0"),
         "budget": ([*FEW, "--budget", "2"], "budget must be in (0, 1], got 2.0"),
         "both": ([*FEW, "--budget", ".5", "--latency-ms", "9"], "psigmoid needs one of budget"),

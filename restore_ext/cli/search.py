@@ -119,7 +119,10 @@ def _read(file: str) -> Iterator[tuple[str, str, str]]:
             raise UserError(
                 f"--data: {file}, line {number} must have texts {', '.join(NEEDED)}, got {line:.80}"
             )
-        yield str(Path(file).parent / said["image"]), said["prompt"], said["answer"]
+        image = Path(file).parent / said["image"]
+        if not image.is_file():
+            raise UserError(f"--data: {file}, line {number}: there is no file {image}")
+        yield str(image), said["prompt"], said["answer"]
 
 
 def _say(found: Found, output: str) -> None:

@@ -53,9 +53,10 @@ class LatencyBudget:
         return trial.costs["latency_ms"] <= self._limit
 
     def learn(self, trials: Sequence[Trial]) -> None:
-        """Aims lower, if trials took longer than predicted."""
+        """Aims lower, if trials took longer than predicted; never below what is possible."""
         ratios = [t.costs["latency_ms"] / self.cost(t.counts) for t in trials]
-        self._slow = max(1.0, median(ratios)) if ratios else 1.0
+        lowest = self._limit / self._times[0] * (1 - 1e-9)
+        self._slow = max(1.0, min(median(ratios), lowest)) if ratios else 1.0
 
 
 Budget = FlopsBudget | LatencyBudget
