@@ -21,11 +21,11 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from bench.eval_pocket import code, fingerprint, pack, unpack
+from bench.eval_pocket import answer_all, code, fingerprint, pack, unpack
 from bench.harness import machine
 from restore_ext.cli.load import quiet
 from restore_ext.pocket import load_pocket
-from restore_ext.pocket.eval import Configuration, Right, accuracy, add, answer, difference, plan
+from restore_ext.pocket.eval import Configuration, Right, accuracy, add, difference, plan
 from restore_ext.pocket.shared import remembered_features
 from restore_ext.search import find_schedule, first_token, flops, log_likelihood
 from restore_ext.search.examples import pocket_examples
@@ -57,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--search-questions", type=int, default=128)
     parser.add_argument("--trials", type=int, default=20, help="of each search by psigmoid")
     parser.add_argument("--questions", type=int, default=1024, help="held-out ones")
+    parser.add_argument("--workers", type=int, default=1, help="processes that answer")
+    parser.add_argument("--backend", choices=["op", "mask"], default="op")
     parser.add_argument("--only", default="", help="searches whose name has this in it")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--journals", type=Path, default=JOURNALS)
@@ -76,12 +78,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     asked += [Configuration(name, {"schedule": f}) for name, f in found.items()]
     asked += list({c.name: c for others in rivals.values() for c in others}.values())
     right = kept(a.results, facts, asked)
-    for batch in tqdm(plan(a.questions, asked, right, BATCH), unit="batch"):
-        if batch.todo:
-            add(right, batch, answer(model, processor, batch))
+    batches = [batch for batch in plan(a.questions, asked, right, BATCH) if batch.todo]
+    with tqdm(total=len(batches), unit="batch") as bar:
+        for batch, answers in zip(batches, answer_all(batches, a), strict=True):
+            add(right, batch, answers)
             rows = [row(model.config, c, right[c.name]) for c in asked]
             said = {name: [c.name for c in others] for name, others in rivals.items()}
             save(a.results, {"made": {**facts, "commit": commit}, "rivals": said, "rows": rows})
+            bar.update()
     print(f"{time.perf_counter() - start:.0f} s: {a.results}")
 
 
@@ -162,10 +166,10 @@ def kept(results: Path, facts: dict[str, Any], asked: Sequence[Configuration]) -
 def made(a: argparse.Namespace) -> dict[str, Any]:
     """With what the answers were made."""
     return {
-        "command": "python -m bench.search_pocket",
+        "command": f"python -m bench.search_pocket --only {a.only}".removesuffix(" --only "),
         "search questions": a.search_questions,
         "weights": fingerprint(),
-        "machine": f"{machine('cpu')}, {torch.get_num_threads()} threads",
+        "machine": f"{machine('cpu')}, {a.workers} processes",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
