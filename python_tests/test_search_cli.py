@@ -4,6 +4,7 @@ import json
 import sys
 
 import pytest
+import torch
 
 pytest.importorskip("optuna")  # an extra, which make installs
 
@@ -13,6 +14,7 @@ from restore_ext.cli import main
 from restore_ext.pocket import held_out, load_pocket
 from restore_ext.pocket.eval import Configuration, first_words
 from restore_ext.pocket.scenes import HELD_OUT
+from restore_ext.pocket.shared import remembered_features
 from restore_ext.search import examples, find_schedule, flops
 
 FEW = ["search", "--model", "pocket", "--questions", "3"]
@@ -108,6 +110,24 @@ def test_pocket_is_asked_what_no_evaluation_asks():
         assert inputs["pixel_values"][row].equal(alone["pixel_values"][0])
         assert answer == ID[scene.question.answer]
     assert 100_000 < examples.FIRST < HELD_OUT, "evaluations count from 0"
+
+
+def test_the_tower_sees_a_batch_once_and_changes_no_bit():
+    model, processor = load_pocket()
+    tower, seen = model.model.vision_tower, []
+    inside = next(m for name, m in tower.named_modules() if name.endswith("embeddings"))
+    given = [inputs for inputs, _ in examples.pocket_examples(processor, 2, batch=1)]
+    schedule = {"layers": [1.0, 0.5, 0.2, 0.0]}
+    with torch.no_grad(), restore_ext.attach(model, schedule=schedule):
+        wanted = [model(**inputs).logits for inputs in given]
+    hook = inside.register_forward_hook(lambda *_: seen.append(1))
+    with torch.no_grad(), remembered_features(model, len(given)):
+        for _ in range(2):
+            with restore_ext.attach(model, schedule=schedule):
+                for inputs, logits in zip(given, wanted, strict=True):
+                    assert model(**inputs).logits.equal(logits)
+    hook.remove()
+    assert len(seen) == 2 and "forward" not in vars(tower)
 
 
 def wrong(tmp_path, questions):
