@@ -3,9 +3,9 @@
     python -m bench.search_pocket            searches, then asks; goes on where it was interrupted
     python -m bench.search_pocket --table    writes the table into docs/search.md
 
-Each schedule found stands against the simplest ones that take at least as many multiply-adds: one
-number of tokens in all layers behind the first, rated as in the search or evenly spaced, and one in
-all layers, evenly spaced pictures on the way in. The questions of the search are of other scenes.
+Each schedule found stands against the simplest ones that take as many multiply-adds: one number of
+tokens in all layers behind the first, rated as in the search or evenly spaced, and one in all
+layers, picked evenly spaced on the way in. The questions of the search are of other scenes.
 """
 
 import argparse
@@ -114,7 +114,9 @@ def counts_of(options: dict[str, Any]) -> list[int]:
 
 
 def against(config: Any, layers: Sequence[float], scores: str) -> list[Configuration]:
-    """The simplest schedules of no fewer multiply-adds."""
+    """The simplest schedules of as many multiply-adds: constant ones just below and at or just
+    above (for evenly spaced tokens one more or less changes which), and what keeps as many in all
+    layers."""
     cost = partial(flops, config, text=TEXT)
     budget = cost([round(TOKENS * share) for share in layers])
 
@@ -122,14 +124,12 @@ def against(config: Any, layers: Sequence[float], scores: str) -> list[Configura
         return next(k for k in range(1, TOKENS + 1) if cost(make(k)) >= budget)
 
     behind = least(lambda k: [TOKENS] + [k] * 3)
-    share = round(behind / TOKENS, 6)
-    options: dict[str, dict[str, Any]] = {
-        f"constant, {who}, {behind} tokens": {
-            "schedule": {"layers": [1.0] + [share] * 3, "scores": kind, "merge": False}
-        }
-        for who, kind in (("attention", scores), ("evenly spaced", "none"))
-        if (who == "attention") == (kind == "attention")
-    }
+    options: dict[str, dict[str, Any]] = {}
+    for kind in dict.fromkeys((scores, "none")):
+        who = "evenly spaced" if kind == "none" else kind
+        for k in (behind - 1, behind):
+            constant = {"layers": [1.0] + [round(k / TOKENS, 6)] * 3, "scores": kind}
+            options[f"constant, {who}, {k} tokens"] = {"schedule": {**constant, "merge": False}}
     keep = least(lambda k: [k] * 4)
     options[f"on the way in, evenly spaced, {keep} tokens"] = {"method": "uniform", "keep": keep}
     return [Configuration(name, given) for name, given in options.items()]
