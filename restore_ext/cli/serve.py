@@ -65,7 +65,8 @@ def serve(arguments: argparse.Namespace) -> None:
             await super().startup(sockets)
             for server in self.servers:
                 host, port = server.sockets[0].getsockname()[:2]
-                print(f"serving {name} at http://{host}:{port}/v1", flush=True)
+                address = f"[{host}]" if ":" in host else host
+                print(f"serving {name} at http://{address}:{port}/v1", flush=True)
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     config = uvicorn.Config(

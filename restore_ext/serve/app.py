@@ -1,6 +1,7 @@
 """The HTTP side: routes, OpenAI's errors, the accounts of every request."""
 
 import asyncio
+import json
 import logging
 import time
 import uuid
@@ -130,6 +131,14 @@ class Accounts:
                 await refusal(scope, receive, note)
             else:
                 await self.app(scope, receive, note)
+        except asyncio.CancelledError:  # the server stops, and has no more patience
+            state["status"] = 503
+            gone = RequestError("the server is stopping", status=503)
+            if sent is None:
+                await JSONResponse(gone.body(), 503)(scope, receive, send)
+            else:
+                event = f"data: {json.dumps(gone.body())}\n\n"
+                await send({"type": "http.response.body", "body": event.encode()})
         except Exception:
             state["status"] = 500  # the response comes from further out
             raise

@@ -1,6 +1,7 @@
 """/v1/chat/completions: transformers' handler, with reduction per request and OpenAI's usage."""
 
 import asyncio
+import inspect
 import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
@@ -89,7 +90,7 @@ class Chat(ChatCompletionHandler):
         inputs = await engine.encode(messages, pictures, self.limits, asked.tools)
         config = self._config(asked, inputs["input_ids"].shape[1])
         parser = build_response_parser(
-            engine.tokenizer, engine.model, inputs["input_ids"], tools=asked.tools
+            engine.tokenizer, engine.model, inputs["input_ids"], **_tools(asked.tools)
         )
         answer = Answer(engine.tokenizer.backend_tokenizer, parser, arrived)
         return Work(inputs, config, choice, asked.seed, answer)
@@ -257,9 +258,7 @@ class _Items:
             self._stopped = True
             self._work.answer.cancel()
             return held[: min(found)]
-        safe = next(
-            i for i in range(len(held) + 1) if not held[i:] or self._begins_stop(held[i:])
-        )
+        safe = next(i for i in range(len(held) + 1) if not held[i:] or self._begins_stop(held[i:]))
         self._held = held[safe:]
         return held[:safe]
 
@@ -274,6 +273,12 @@ class _Items:
         ended = answer.last_token in (ends if isinstance(ends, list) else [ends])
         full = answer.total_tokens >= config.max_new_tokens
         return "length" if full and not ended and not self._stopped else "stop"
+
+
+def _tools(tools: Any) -> dict[str, Any]:
+    """For build_response_parser: later in 5.x it casts the arguments of calls as tools say."""
+    known = "tools" in inspect.signature(build_response_parser).parameters
+    return {"tools": tools} if known else {}
 
 
 def _delta(request_id: str, index: int, call: ToolCall) -> ChoiceDeltaToolCall:

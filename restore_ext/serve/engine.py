@@ -26,6 +26,7 @@ from restore_ext.serve.metrics import Metrics
 from restore_ext.serve.request import Override
 
 ALL_TOKENS = "none"  # the method that leaves every token, for one request
+SCHEDULE = "schedule"
 LOGGER = logging.getLogger("restore_ext.serve")
 
 
@@ -139,6 +140,8 @@ class Engine:
             if override.keep is not None or override.restore is not None:
                 raise _wrong(f"keep and restore must be left out with method {ALL_TOKENS}")
             return Choice(ALL_TOKENS)
+        if method == SCHEDULE:
+            raise _wrong(f"method {SCHEDULE} needs the tokens of every layer: use attach() for it")
         try:
             budget = find_card(method).budget
             if override.keep is not None and not budget:

@@ -109,7 +109,9 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
     max_redirections = _REDIRECTS
 
-    def redirect_request(self, req: Any, fp: Any, code: Any, msg: Any, headers: Any, url: Any) -> Any:
+    def redirect_request(
+        self, req: Any, fp: Any, code: Any, msg: Any, headers: Any, url: Any
+    ) -> Any:
         if _scheme(url) not in ("http", "https"):
             raise urllib.error.URLError(f"a redirect to {url[:64]!r}")
         return super().redirect_request(req, fp, code, msg, headers, url)
