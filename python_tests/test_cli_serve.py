@@ -14,10 +14,9 @@ from restore_ext import serve as serving
 from restore_ext.cli import main
 from restore_ext.hf import compat
 
-
 def test_a_real_process_serves_and_ends_by_sigint():
     command = [sys.executable, "-m", "restore_ext", "serve", "pocket", "--port", "0"]
-    command += ["--method", "divprune", "--keep", "32", "--max-images", "1"]
+    command += ["--method", "vispruner", "--keep", "64"]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1
     )
@@ -26,7 +25,7 @@ def test_a_real_process_serves_and_ends_by_sigint():
         assert re.fullmatch(r"serving pocket at http://127\.0\.0\.1:\d+/v1\n", line), line
         client = client_of(line.split()[-1].removesuffix("/v1"))
         answer = ask(client, 2)
-        assert answer.usage.restore_ext["visual_tokens"]["last_layer"] == 32
+        assert answer.usage.restore_ext["visual_tokens"]["last_layer"] == 64
         typed = messages(SCENES[2].question.text.upper().replace(" ?", "?"), PICTURES[2])
         assert text_of(ask(client, messages=typed)) == text_of(answer)
         stream = ask(client, 2, stream=True, max_tokens=40)

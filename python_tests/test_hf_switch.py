@@ -90,8 +90,13 @@ def test_variants_are_checked_as_attach_checks(changes, error, message):
         handle.variant(**changes)
 
 
-def test_the_backend_is_that_of_the_model(recwarn):
-    """head_dim 16 has no op: attach() says so once, variants stay with the mask."""
-    handle = restore_ext.attach(tiny_model("llava"), keep=9, backend="mask")
+def test_the_backend_stays_unless_it_is_asked_for():
+    model = tiny_model("llava")
+    handle = restore_ext.attach(model, keep=9, backend="mask")
     assert handle.variant(keep=4).backend == "mask"
-    assert handle.variant(keep=4, backend="op").backend in ("op", "mask")
+    handle.switch(handle.variant(backend="op"))
+    assert handle.settings.backend == "op" and handle.variant().backend == "mask"
+    model = tiny_model("llava", attn="eager").double()
+    with pytest.warns(UserWarning, match="falls back to backend='mask'"):
+        handle = restore_ext.attach(model, keep=9)
+    assert handle.options["backend"] == "op" and handle.variant(keep=4).backend == "mask"

@@ -227,7 +227,7 @@ PNG = encoded(SCENES[0].image)
         ({"metadata": {"method": "tome_vit", "keep": "9"}}, "metadata", "at least 36"),
         ({"messages": []}, "messages", "at least 1 item"),
         ({"messages": [{"role": "robot", "content": "how"}]}, "messages.0.role", "'system'"),
-        ({"messages": messages("<image> how many objects ?")}, "messages", "image"),
+        ({"messages": messages("<image> how many objects ?")}, "messages", "placeholder <image>"),
         ({"n": 2}, None, "n must be 1 on this server, got 2"),
         ({"logprobs": True}, None, "logprobs must be False"),
         ({"temperature": 3}, "temperature", "less than or equal to 2"),

@@ -28,6 +28,7 @@ def serve(arguments: argparse.Namespace) -> None:
     except ImportError as error:
         raise UserError(str(error)) from error
     import uvicorn
+    from prometheus_client import disable_created_metrics
 
     from restore_ext.serve.app import build_app
     from restore_ext.serve.engine import Engine
@@ -42,6 +43,7 @@ def serve(arguments: argparse.Namespace) -> None:
         remote=arguments.allow_remote_images,
     )
     quiet()
+    disable_created_metrics()  # a second number for every one, which nothing here needs
     name = arguments.model
     model, processor = load(name, arguments.device, arguments.dtype, option="MODEL")
     if not getattr(processor, "chat_template", None):

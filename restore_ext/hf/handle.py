@@ -36,8 +36,9 @@ class Handle:
         self.settings = settings
         self.enabled = enabled
         self.last: Report | None = None
-        self._family = family
         self.options = dict(options)
+        self._family = family
+        self._backend = settings.backend  # that of the options, or what the model can have
         self._patches = Patches()
         self._method = Patches()  # on top of the others
         self._hooks = Hooks(family, self)
@@ -60,7 +61,7 @@ class Handle:
         settings = _settings(self._family, {**self.options, **changes})
         if "backend" in changes:
             return self._family.fit(settings)
-        return dataclasses.replace(settings, backend=self.settings.backend)
+        return dataclasses.replace(settings, backend=self._backend)
 
     def switch(self, settings: Settings) -> None:
         """Goes on with what variant() gave: as attach() anew, but much faster, for what the methods
@@ -73,14 +74,14 @@ class Handle:
             raise RuntimeError("the model must be attached by this handle, which was detached")
         if settings == self.settings:
             return
-        self._family.require_free()
+        self._family.require_language_model(settings)
         self._method.undo()
         try:
-            self._family.require(settings)
+            self._hooks.install_method(self._method, settings)
         except BaseException:
+            self._method.undo()
             self._hooks.install_method(self._method, self.settings)
             raise
-        self._hooks.install_method(self._method, settings)
         self.settings = settings
 
     def detach(self) -> None:

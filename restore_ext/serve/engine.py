@@ -196,7 +196,7 @@ class Engine:
                     del part["url"]
                     part["image"] = next(images)
                 else:
-                    part["text"] = self._spell(part["text"])
+                    part["text"] = self._spell(self._without_placeholders(part["text"]))
             return self._processor.apply_chat_template(
                 chat,
                 add_generation_prompt=True,
@@ -211,6 +211,14 @@ class Engine:
             raise RequestError(
                 f"messages: the prompt cannot be encoded: {error}", param="messages"
             ) from error
+
+    def _without_placeholders(self, text: str) -> str:
+        """The text; raises ValueError if it has what stands for a picture where there is none."""
+        names = ("image_token", "boi_token")
+        for token in filter(None, (getattr(self._processor, name, None) for name in names)):
+            if token in text:
+                raise ValueError(f"text must not contain the image placeholder {token}")
+        return text
 
     def _generate(self, work: Work) -> None:
         answer, failed = work.answer, None
