@@ -116,7 +116,7 @@ class Engine:
         self.model = model
         self.metrics = metrics
         self._processor = processor
-        self._handle = handle
+        self.handle = handle
         self._default = handle.options
         self._spell = spell
         # A tokenizer that encodes in one thread cannot decode in another.
@@ -150,7 +150,7 @@ class Engine:
                     f"{override.keep}"
                 )
             keep = override.keep or default["keep"] or DEFAULT_KEEP
-            settings = self._handle.variant(
+            settings = self.handle.variant(
                 method=method,
                 keep=keep if budget else None,
                 restore=default["restore"] if override.restore is None else override.restore,
@@ -237,7 +237,7 @@ class Engine:
         answer.close(failed)
 
     def _answer(self, work: Work) -> None:
-        handle, answer, metrics = self._handle, work.answer, self.metrics
+        handle, answer, metrics = self.handle, work.answer, self.metrics
         self._switch(work.choice.settings)
         if work.seed is not None:
             torch.manual_seed(work.seed)
@@ -255,7 +255,7 @@ class Engine:
         finally:
             image_token = self.model.config.image_token_id
             tokens = VisualTokens.count(inputs["input_ids"], image_token, handle.last)
-            answer.visual, handle.last = tokens, None
+            answer.visual, handle.last = tokens, None  # a prompt without images leaves it alone
             metrics.prompt_tokens.inc(work.prompt_tokens)
             metrics.generated_tokens.inc(answer.total_tokens)
             metrics.count_visual(tokens)
@@ -264,12 +264,11 @@ class Engine:
                 metrics.reduction_seconds.observe(answer.reduction_seconds)
 
     def _switch(self, settings: Settings | None) -> None:
-        self._handle.enabled = settings is not None
-        self._handle.last = None
+        self.handle.enabled = settings is not None
         if settings is None:
             return
         try:
-            self._handle.switch(settings)
+            self.handle.switch(settings)
         except (TypeError, ValueError, NotImplementedError) as error:
             raise _wrong(str(error)) from error
 
