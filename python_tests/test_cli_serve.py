@@ -14,6 +14,7 @@ from restore_ext import serve as serving
 from restore_ext.cli import main
 from restore_ext.hf import compat
 
+
 def test_a_real_process_serves_and_ends_by_sigint():
     command = [sys.executable, "-m", "restore_ext", "serve", "pocket", "--port", "0"]
     command += ["--method", "vispruner", "--keep", "64"]
