@@ -162,8 +162,8 @@ def test_stop_sequences_end_the_answer_and_are_no_part_of_it(client):
 
 
 def test_sampling_follows_the_seed(client):
-    drawn = [text_of(ask(client, 2, temperature=2, seed=seed)) for seed in (1, 2, 3, 1, 2, 3)]
-    assert drawn[:3] == drawn[3:] and len(set(drawn)) > 1
+    drawn = [text_of(ask(client, 2, temperature=2, seed=seed)) for seed in (1, 2, 1, 2)]
+    assert drawn[:2] == drawn[2:] and len(set(drawn)) == 2
 
 
 def test_clients_at_once_get_what_they_get_alone(client):
