@@ -100,6 +100,17 @@ def text_of(answer):
     return answer.choices[0].message.content
 
 
+def streamed(client, scene=0, **options):
+    """The pieces of text, how it ended, the usage, and the number of chunks."""
+    chunks = list(ask(client, scene, stream=True, **options))
+    choices = [chunk.choices[0] for chunk in chunks if chunk.choices]
+    pieces = [choice.delta.content for choice in choices if choice.delta.content]
+    ends = [choice.finish_reason for choice in choices if choice.finish_reason]
+    usages = [chunk.usage for chunk in chunks if chunk.usage]
+    assert choices[0].delta.role == "assistant" and len(ends) == 1
+    return pieces, ends[0], usages
+
+
 def metrics_of(client):
     """{(name, labels...): value} of a server."""
     url = str(client.base_url).removesuffix("v1/") + "metrics"
