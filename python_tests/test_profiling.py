@@ -3,9 +3,11 @@
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
+import torch
 
 from restore_ext import _C, profiling
 
@@ -153,3 +155,25 @@ def test_a_range_ends_with_its_block_and_hides_no_error():
         raise KeyError
     with pytest.raises(TypeError):
         profiling.range(3).__enter__()
+
+
+def test_a_clock_sums_the_outermost_ranges_of_its_own_thread(monkeypatch):
+    now = iter(range(100))
+    monkeypatch.setattr(profiling.time, "perf_counter", lambda: next(now))
+    clock = profiling.clock(torch.device("cpu"))
+    with clock:
+        with profiling.range("plan"), profiling.range("score"):
+            assert clock.seconds() == 0, "it is not over yet"
+        other = threading.Thread(target=lambda: profiling.range("plan").__enter__())
+        other.start()
+        other.join()
+        assert next(now) == 2, "the clock was looked at for the outer range alone"
+        with pytest.raises(KeyError), profiling.range("plan"):
+            raise KeyError
+        assert clock.seconds() == 2
+        clock.stop()
+        with profiling.range("plan"):
+            pass
+    with profiling.range("plan"):
+        pass
+    assert clock.seconds() == 2 and next(now) == 5

@@ -31,13 +31,15 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns 0, or 2 after a one-line error on stderr."""
+    """Runs one command; returns 0, 2 after a one-line error on stderr, or 130 if interrupted."""
     arguments = command_parser().parse_args(argv)
     command = arguments.command
     try:
         module, function = command.entry.split(":")
         getattr(import_module(f"restore_ext.cli.{module}"), function)(arguments)
         return 0
+    except KeyboardInterrupt:
+        return 130  # as a shell has it: 128 + SIGINT
     except UserError as error:
         said = str(error)
     except ModuleNotFoundError as error:

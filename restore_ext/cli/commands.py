@@ -86,6 +86,26 @@ def _search(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="go on with the storage")
 
 
+def _serve(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a hub id, a folder, or pocket")
+    add_place(parser)
+    add_reduction(parser)
+    parser.add_argument("--no-restore", action="store_true", help="prune by the method alone")
+    parser.add_argument("--host", default="127.0.0.1", help="the address to listen at")
+    parser.add_argument("--port", type=int, default=8000, help="0: any that is free")
+    remote = "fetch images from http and https addresses too, whatever the server can reach"
+    parser.add_argument("--allow-remote-images", action="store_true", help=remote)
+    for name, default, about in (
+        ("images", 8, "images in a request"),
+        ("image-bytes", 20 << 20, "bytes of an image, as it is stored"),
+        ("image-pixels", 40_000_000, "pixels of an image, once decoded"),
+        ("requests", 64, "requests at a time, waiting ones included; others get status 503"),
+    ):
+        parser.add_argument(f"--max-{name}", type=int, default=default, help=f"most {about}")
+    patience = "how long requests may go on once the server is told to stop"
+    parser.add_argument("--shutdown-seconds", type=int, default=30, help=patience)
+
+
 def _none(parser: argparse.ArgumentParser) -> None:
     """No options."""
 
@@ -125,6 +145,7 @@ COMMANDS = (
         "diagnose:diagnose",
         _diagnose,
     ),
+    Command("serve", "an OpenAI-compatible server, reducing every request", "serve:serve", _serve),
     Command("eval", "accuracy on held-out questions", "evaluate:evaluate", _eval),
     Command("search", "how many tokens each layer needs: a --schedule", "search:search", _search),
     Command(

@@ -22,17 +22,20 @@ def quiet() -> None:
     hub_logging.set_verbosity_error()
 
 
-def load(name: str, device: str, dtype: str) -> tuple[Any, Any]:
-    """(model, processor) of a hub id, a folder, or "pocket"; the model in eval mode on `device`."""
+def load(name: str, device: str, dtype: str, option: str = "--model") -> tuple[Any, Any]:
+    """(model, processor) of a hub id, a folder, or "pocket"; the model in eval mode on `device`.
+
+    option  what an error calls the name
+    """
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
     target = _require_device(device)
     folder = resolve(name)
     local = Path(folder).is_dir()
     if local and not (Path(folder) / "config.json").is_file():
-        raise UserError(f"--model: the folder {name} has no config.json")
+        raise UserError(f"{option}: the folder {name} has no config.json")
     if not local and (Path(folder).exists() or folder.startswith((".", "/", "~"))):
-        raise UserError(f"--model: {name} is not a folder with a model")
+        raise UserError(f"{option}: {name} is not a folder with a model")
     if not local:
         print(f"looking for {name} in the cache and on the hub", file=sys.stderr)
     try:
@@ -41,7 +44,7 @@ def load(name: str, device: str, dtype: str) -> tuple[Any, Any]:
         processor = AutoProcessor.from_pretrained(folder)
         model = AutoModelForImageTextToText.from_pretrained(folder, dtype=getattr(torch, dtype))
     except (OSError, ValueError, ImportError, KeyError) as error:
-        raise UserError(_reason(name, error)) from error
+        raise UserError(f"{option}: {_reason(name, error)}") from error
     return model.eval().to(target), processor
 
 
@@ -109,19 +112,19 @@ def _reason(name: str, error: BaseException) -> str:
     if any("torchvision" in str(e).lower() for e in chain if isinstance(e, ImportError)):
         version = torch.__version__.split("+")[0]
         return (
-            f"--model: the processor of {name} needs torchvision, the one made for your torch: "
+            f"the processor of {name} needs torchvision, the one made for your torch: "
             f'pip install torchvision "torch=={version}"'
         )
     if any(isinstance(e, GatedRepoError) for e in chain):
-        return f"--model: {name} is gated: ask for access on the hub and log in (hf auth login)"
+        return f"{name} is gated: ask for access on the hub and log in (hf auth login)"
     if any(isinstance(e, (RepositoryNotFoundError, HFValidationError)) for e in chain):
-        return f"--model: there is no folder and no model on the hub named {name}"
+        return f"there is no folder and no model on the hub named {name}"
     if any(isinstance(e, (LocalEntryNotFoundError, OfflineModeIsEnabled)) for e in chain):
         return (
-            f"--model: {name} is not a folder and not in the cache, and the hub cannot be reached; "
+            f"{name} is not a folder and not in the cache, and the hub cannot be reached; "
             "pocket needs no download"
         )
-    return f"--model: {name} cannot be loaded: {one_line(error)}"
+    return f"{name} cannot be loaded: {one_line(error)}"
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

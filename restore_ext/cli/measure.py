@@ -53,25 +53,24 @@ class Task:
 
         The answer itself is the warm-up of the timings.
         """
+        from restore_ext.hf.report import VisualTokens
+
         text = self._text()
         kv_bytes = self._kv_bytes()
         times = [self._clock() for _ in range(self.repeats)]
         report = None if handle is None else handle.last
-        images = [] if report is None else report.images
-        token = self.model.config.image_token_id
-        before = int((self.inputs["input_ids"] == token).sum())
-        saved = sum(image.tokens_before - image.tokens_after for image in images)
-        cuts = [] if report is None else report.stages
-        cut = sum(sum(stage.tokens_before) - sum(stage.tokens_after) for stage in cuts)
+        tokens = VisualTokens.count(
+            self.inputs["input_ids"], self.model.config.image_token_id, report
+        )
         return Outcome(
             label,
             text,
-            before - saved,
-            before - saved - cut,
+            tokens.first_layer,
+            tokens.last_layer,
             median(prefill for prefill, _ in times),
             median(decode for _, decode in times),
             kv_bytes,
-            _first_picture(report) if report is not None and saved + cut else None,
+            _first_picture(report) if report and tokens.last_layer < tokens.prompt else None,
         )
 
     def _generate(self, new_tokens: int, **options: Any) -> Any:

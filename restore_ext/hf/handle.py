@@ -1,5 +1,6 @@
 """attach(): a model that reduces the visual tokens of every prompt by itself, until detached."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -21,25 +22,73 @@ _HANDLE = "_restore_ext_handle"
 class Handle:
     """What attach() returns: switches it off and on, undoes it, says what it did.
 
+    options  those of attach() by name, as it got them
+    settings what they came to, or what switch() got since
     enabled  False: every new prompt takes the stock path. A conversation whose prompt was reduced
              goes on with what is in its cache.
     last     a Report of the last prompt that was reduced; None before the first, and after a prompt
              whose images were all within their budgets
     """
 
-    def __init__(self, family: Family, settings: Settings, enabled: bool) -> None:
+    def __init__(
+        self, family: Family, settings: Settings, options: Mapping[str, Any], enabled: bool
+    ) -> None:
         self.settings = settings
         self.enabled = enabled
         self.last: Report | None = None
+        self.options = dict(options)
         self._family = family
+        self._backend = settings.backend  # that of the options, or what the model can have
         self._patches = Patches()
-        Hooks(family, settings, self).install(self._patches)
+        self._method = Patches()  # on top of the others
+        self._hooks = Hooks(family, self)
+        self._hooks.install(self._patches)
+        self._hooks.install_method(self._method, settings)
         self._patches.set(family.model, _HANDLE, self)
+
+    def variant(self, **changes: Any) -> Settings:
+        """Other settings for switch(): options of attach() by name, the rest as attach() got them.
+
+        The model is only looked at, so this may run beside a forward.
+
+        raises  TypeError, ValueError: as attach(), but for what only switch() can find out
+        """
+        if unknown := changes.keys() - self.options.keys():
+            raise TypeError(
+                f"changes must be options of attach(): {', '.join(self.options)}; got "
+                f"{', '.join(sorted(unknown))}"
+            )
+        settings = _settings(self._family, {**self.options, **changes})
+        if "backend" in changes:
+            return self._family.fit(settings)
+        return dataclasses.replace(settings, backend=self._backend)
+
+    def switch(self, settings: Settings) -> None:
+        """Goes on with what variant() gave: as attach() anew, but much faster, for what the methods
+        have in common stays on the model. Between forwards, and between conversations.
+
+        raises  TypeError, ValueError, NotImplementedError: as attach(); nothing has changed then.
+                RuntimeError: detached
+        """
+        if handle_of(self._family.model) is not self:
+            raise RuntimeError("the model must be attached by this handle, which was detached")
+        if settings == self.settings:
+            return
+        self._family.require_language_model(settings)
+        self._method.undo()
+        try:
+            self._hooks.install_method(self._method, settings)
+        except BaseException:
+            self._method.undo()
+            self._hooks.install_method(self._method, self.settings)
+            raise
+        self.settings = settings
 
     def detach(self) -> None:
         """Undoes attach(); the model is what it was. Twice is once."""
         if handle_of(self._family.model) is self:
             self._family.require_free()
+            self._method.undo()
             self._patches.undo()
 
     def __enter__(self) -> "Handle":
@@ -124,32 +173,35 @@ def attach(
     handed them as such (InternVL, Idefics3, SmolVLM, Aya Vision). Videos are left as they are.
     """
     family = find_family(model)
-    settings = make_settings(
-        axes=family.axes,
-        method=method,
-        options=options,
-        budget=budget,
-        keep=keep,
-        keep_ratio=keep_ratio,
-        restore=restore,
-        positions=positions,
-        calibrate=calibrate,
-        layer0=layer0,
-        decode_distance=decode_distance,
-        backend=backend,
-        retain=retain,
-        anchor_mode=anchor_mode,
-        seed=seed,
-        schedule=schedule,
-        depth=len(family.lm.layers),
-    )
+    given = {
+        "method": method,
+        "options": options,
+        "budget": budget,
+        "keep": keep,
+        "keep_ratio": keep_ratio,
+        "restore": restore,
+        "positions": positions,
+        "calibrate": calibrate,
+        "layer0": layer0,
+        "decode_distance": decode_distance,
+        "backend": backend,
+        "retain": retain,
+        "anchor_mode": anchor_mode,
+        "seed": seed,
+        "schedule": schedule,
+    }
+    settings = _settings(family, given)
     checks.require_flag("enabled", enabled)
     settings = family.fit(settings)
     family.require(settings)
     before = handle_of(model)
     if before is not None:
         before.detach()
-    return Handle(family, settings, enabled)
+    return Handle(family, settings, given, enabled)
+
+
+def _settings(family: Family, options: Mapping[str, Any]) -> Settings:
+    return make_settings(axes=family.axes, depth=len(family.lm.layers), **options)
 
 
 def handle_of(model: Any) -> Handle | None:

@@ -56,16 +56,19 @@ _VIDEO: ContextVar[bool] = ContextVar("restore_ext_video", default=False)
 class Hooks:
     """All that attach() puts on a model."""
 
-    def __init__(self, family: Family, settings: Settings, handle: "Handle") -> None:
+    def __init__(self, family: Family, handle: "Handle") -> None:
         self.family = family
-        self.settings = settings
         self.handle = handle
         self._encoded_once = encodes_before_forward(family.model)
         self._decays: list[Tensor | None] = []
 
+    @property
+    def settings(self) -> Settings:
+        return self.handle.settings
+
     def install(self, patches: Patches) -> None:
+        """What every method needs."""
         family = self.family
-        family.install(patches, self.settings)
         keep_encoded(patches, family.model)
         patches.hook(family.model, "forward_pre_hook", self._before_model, with_kwargs=True)
         patches.hook(family.inner, "forward_pre_hook", self._before_inner, with_kwargs=True)
@@ -79,10 +82,14 @@ class Hooks:
             patches.set(family.inner, "get_video_features", videos)
         for module in family.attentions:
             patches.set(module, "config", NamedConfig(module.config, CALIBRATED))
-        for index, layer in enumerate(family.lm.layers if self.settings.stages else ()):
+        watch_generation(patches, family.model, self._refuse_chunks)
+
+    def install_method(self, patches: Patches, settings: Settings) -> None:
+        """What is put on top for the method of these settings."""
+        self.family.install(patches, settings)
+        for index, layer in enumerate(self.family.lm.layers if settings.stages else ()):
             before = functools.partial(self._before_layer, index=index)
             patches.hook(layer, "forward_pre_hook", before, with_kwargs=True)
-        watch_generation(patches, family.model, self._refuse_chunks)
 
     def _watched_features(self) -> Callable[..., Any]:
         """get_image_features() that remembers, beside its result, what the method needs to know."""

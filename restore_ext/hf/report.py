@@ -54,3 +54,22 @@ class Report:
         for stage in self.stages:
             source = stage.plan.gather(source)
         return source
+
+
+@dataclass(frozen=True)
+class VisualTokens:
+    """How many there are: of the prompt, in the first decoder layer and in the last."""
+
+    prompt: int
+    first_layer: int
+    last_layer: int
+
+    @staticmethod
+    def count(input_ids: Tensor, image_token: int, report: Report | None) -> "VisualTokens":
+        """Of the prompts input_ids [B, S], of which `report` says what was reduced, if anything."""
+        prompt = int((input_ids == image_token).sum())
+        if report is None:
+            return VisualTokens(prompt, prompt, prompt)
+        saved = sum(image.tokens_before - image.tokens_after for image in report.images)
+        cut = sum(sum(stage.tokens_before) - sum(stage.tokens_after) for stage in report.stages)
+        return VisualTokens(prompt, prompt - saved, prompt - saved - cut)

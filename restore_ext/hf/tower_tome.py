@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from restore_ext import profiling
 from restore_ext.hf.attention import stock_attention
 from restore_ext.hf.images import for_operators
 from restore_ext.hf.patches import Patches
@@ -44,6 +45,7 @@ class Merging:
         """How many tokens the block's output has."""
         return (self.size if self.joined is None else self.joined).shape[1]
 
+    @profiling.range("merge_block")
     def begin(self, r: int, hidden: Tensor) -> Tensor:
         """Decides on r pairs of hidden [B, T, C], and merges it."""
         assert self.keys is not None
@@ -59,6 +61,7 @@ class Merging:
             return merged
         return merged.gather(1, self.joined[..., None].expand(-1, -1, merged.shape[2]))
 
+    @profiling.range("merge_block")
     def finish(self, hidden: Tensor) -> Tensor:
         """Merges hidden [B, T before, C] as begin() did. The class token may be gone from it."""
         if self.joined is None:

@@ -131,6 +131,15 @@ class Family(ABC):
 
     def require(self, settings: Settings) -> None:
         """Raises for a model the hook cannot serve with these settings."""
+        self.require_language_model(settings)
+        trial = Patches()
+        try:
+            self.install(trial, settings)
+        finally:
+            trial.undo()
+
+    def require_language_model(self, settings: Settings) -> None:
+        """The part of require() that install() does not find out."""
         kinds = set(getattr(self.lm.config, "layer_types", None) or [])
         if unknown := kinds - {"full_attention", "sliding_attention"}:
             raise NotImplementedError(
@@ -147,11 +156,6 @@ class Family(ABC):
         if settings.backend == "mask":
             require_mask_attention(self.lm.config._attn_implementation)
         self.require_free()
-        trial = Patches()
-        try:
-            self.install(trial, settings)
-        finally:
-            trial.undo()
 
     def _require_cuts(self, settings: Settings) -> None:
         first = min(stage.layer for stage in settings.stages)
