@@ -45,6 +45,11 @@ STEPS: dict[str, dict[str, Any]] = {  # of the ablation
     "merge+positions+size": {**RESTORE, "calibrate": "size"},
     "uniform-anchors": {**RESTORE, "anchor_mode": "uniform"},
 }
+KEPT_POSITIONS = {**PLAIN, "positions": "original"}  # as FastV has it, and the two without scores
+# Inside the language model a budget is not what all layers see (docs/pocket.md). The model has four
+# layers; SparseVLM's three cuts, scaled to that, would be two.
+SPARSEVLM_LAYERS = [1, 2, 3]
+SCHEDULES = {keep: [576, (2 * 576 + keep) // 3, (576 + 2 * keep) // 3, keep] for keep in BUDGETS}
 
 Right = dict[str, list[bool]]  # configuration -> question by question, was the answer right
 
@@ -58,7 +63,7 @@ class Configuration:
 
 
 def configurations() -> list[Configuration]:
-    """Everything the table shows, named "full" or METHOD/BUDGET/WAY."""
+    """Everything the tables show, named "full" or METHOD/BUDGET/WAY."""
     named = []
     for method, what in (METHODS | TOWER_METHODS).items():
         for keep in BUDGETS:
@@ -70,7 +75,34 @@ def configurations() -> list[Configuration]:
             for way, options in here.items():
                 given = {"method": method, "keep": keep, **options}
                 named.append(Configuration(f"{method}/{keep}/{way}", given))
-    return [Configuration("full"), *named]
+    return [Configuration("full"), *named, *_inside()]
+
+
+def _inside() -> list[Configuration]:
+    """Those that cut inside the language model: ways "plain", as published, and "calibrated", with
+    RESTORE; "merged" and "dropped" where merging is not what the method does otherwise."""
+    named: list[Configuration] = []
+
+    def ask(cell: str, way: str, method: str, how: dict[str, Any], **given: Any) -> None:
+        named.append(Configuration(f"{method}/{cell}/{way}", {"method": method, **given, **how}))
+
+    for keep in BUDGETS:
+        asked: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+            ("fastv", KEPT_POSITIONS, {"keep": keep}),
+            ("pyramiddrop", PLAIN, {"keep": keep}),
+            ("sparsevlm", PLAIN, {"keep": keep, "options": {"layers": SPARSEVLM_LAYERS}}),
+            ("schedule", KEPT_POSITIONS, {"options": {"layers": SCHEDULES[keep]}}),
+        ]
+        for method, plain, given in asked:
+            ask(str(keep), "plain", method, plain, **given)
+            ask(str(keep), "calibrated", method, RESTORE, **given)
+            merge = method != "sparsevlm"
+            given["options"] = {**given.get("options", {}), "merge": merge}
+            ask(str(keep), "merged" if merge else "dropped", method, RESTORE, **given)
+    ask("layer2", "plain", "vtw", KEPT_POSITIONS, options={"layer": 2})
+    for way, how in (("plain", KEPT_POSITIONS), ("calibrated", RESTORE)):
+        ask("stride2", way, "adsc_style", how, options={"layers": [1, 2], "stride": 2})
+    return named
 
 
 @dataclass(frozen=True)
