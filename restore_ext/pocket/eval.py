@@ -185,12 +185,12 @@ class Estimate:
 
 
 def accuracy(right: Sequence[bool]) -> Estimate:
-    return _estimate([float(r) for r in right])
+    return estimate([float(r) for r in right])
 
 
 def difference(right: Sequence[bool], base: Sequence[bool]) -> Estimate:
     """Accuracy minus accuracy of `base`, question by question."""
-    return _estimate([float(r) - float(b) for r, b in zip(right, base, strict=True)])
+    return estimate([float(r) - float(b) for r, b in zip(right, base, strict=True)])
 
 
 def pooled(right: Right, way: str, base: str) -> Estimate | None:
@@ -203,10 +203,11 @@ def pooled(right: Right, way: str, base: str) -> Estimate | None:
     if not pairs:
         return None
     better = np.array([w for w, _ in pairs], dtype=float).mean(0)
-    return _estimate((better - np.array([b for _, b in pairs], dtype=float).mean(0)).tolist())
+    return estimate((better - np.array([b for _, b in pairs], dtype=float).mean(0)).tolist())
 
 
-def _estimate(values: Sequence[float]) -> Estimate:
+def estimate(values: Sequence[float]) -> Estimate:
+    """The mean of values that are independent of each other."""
     n = len(values)
     mean = sum(values) / n
     variance = sum((v - mean) ** 2 for v in values) / max(n - 1, 1)

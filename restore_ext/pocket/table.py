@@ -76,7 +76,7 @@ def _main(right: Right) -> str:
                 cells += [_mean(official), _gain(official, paper)]
             lines.append(cells)
     titles = ["tokens", "method", "plain", "+ RESTORE", "gain", "official anchors"]
-    return _table([*titles, "official - paper"], lines)
+    return as_table([*titles, "official - paper"], lines)
 
 
 def _inside(right: Right) -> str:
@@ -98,7 +98,7 @@ def _inside(right: Right) -> str:
         lines.append(cells)
     titles = ["inside the model", "asked for", "tokens of layers 0 to 3", "mean", "plain"]
     titles += ["+ RESTORE", "gain", "merging instead of dropping", "dropping instead of merging"]
-    return _table(titles, lines)
+    return as_table(titles, lines)
 
 
 def tokens_of_layers(configuration: Configuration) -> list[int]:
@@ -123,7 +123,7 @@ def _layer0(right: Right) -> str:
             if uniform is not None and size is not None:
                 row = [str(keep), method, _mean(uniform), _mean(size), _gain(size, uniform)]
                 lines.append(row)
-    return _table(["tokens", "method", "layer 0 uniform", "layer 0 size", "difference"], lines)
+    return as_table(["tokens", "method", "layer 0 uniform", "layer 0 size", "difference"], lines)
 
 
 def _ablation(right: Right) -> str:
@@ -138,7 +138,7 @@ def _ablation(right: Right) -> str:
             cells.append(_mean(here) + ("" if way == "plain" else f" ({_gain(here, plain)})"))
         lines.append(cells)
     titles = [f"{method}, {keep} tokens" for method, keep in columns]
-    return _table(["ablation (gain over plain)", *titles], lines)
+    return as_table(["ablation (gain over plain)", *titles], lines)
 
 
 def _pooled(right: Right) -> str:
@@ -153,8 +153,8 @@ def _pooled(right: Right) -> str:
         "with the distance term - without": ("paper", "merge+positions+size"),
     }
     answers = {title: pooled(right, *ways) for title, ways in asked.items()}
-    lines = [(title, _signed(gain)) for title, gain in answers.items() if gain is not None]
-    return _table(["over all methods and budgets measured", "difference"], lines)
+    lines = [(title, signed(gain)) for title, gain in answers.items() if gain is not None]
+    return as_table(["over all methods and budgets measured", "difference"], lines)
 
 
 def _mean(right: Sequence[bool]) -> str:
@@ -162,14 +162,16 @@ def _mean(right: Sequence[bool]) -> str:
 
 
 def _gain(right: Sequence[bool], base: Sequence[bool]) -> str:
-    return _signed(difference(right, base))
+    return signed(difference(right, base))
 
 
-def _signed(estimate: Estimate) -> str:
+def signed(estimate: Estimate) -> str:
+    """A difference with its interval."""
     return f"{estimate.mean:+.3f} ± {estimate.half:.3f}"
 
 
-def _table(titles: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+def as_table(titles: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; nothing without lines."""
     if not lines:
         return ""
     rule = ["---"] * len(titles)
