@@ -34,8 +34,8 @@ def _full(wrong: Errors, characters: Sequence[int]) -> str:
     without = "; ".join(f"`{name}` ({why})" for name, why in left_out().items())
     return (
         f"All {TOKENS} tokens: **{_plus(share)}** of {len(characters)} lines read exactly, "
-        f"character error rate (CER) {_plus(rate, 4)}. Numbers below are of the same lines; ± is a 95 % "
-        f"interval, of a difference a paired one. Left out: {without}."
+        f"character error rate (CER) {_plus(rate, 4)}. Numbers below are of the same lines; ± is a "
+        f"95 % interval, of a difference a paired one. Left out: {without}."
     )
 
 
