@@ -8,6 +8,7 @@ import torch
 
 import restore_ext
 from bench import eval_pocket
+from restore_ext.methods import find_card, list_methods
 from restore_ext.pocket import encode, held_out, load_pocket
 from restore_ext.pocket.eval import (
     Batch,
@@ -39,7 +40,10 @@ def pocket():
 
 def test_the_table_covers_every_method_budget_and_way():
     names = [c.name for c in configurations()]
-    assert len(set(names)) == len(names) == 1 + 3 * (7 * 4 + 3 * 3 + 1) + 2 * 2 * 5
+    assert len(set(names)) == len(names) == 1 + 3 * (7 * 4 + 3 * 3 + 1) + 2 * 2 * 5 + 3 * 4 * 3 + 3
+    assert {find_card(c.options["method"]).name for c in configurations()[1:]} == set(
+        list_methods()
+    )
     for name in (
         "tome/128/paper",
         "downsample/64/plain",
@@ -47,6 +51,9 @@ def test_the_table_covers_every_method_budget_and_way():
         "random/192/official",
         "divprune/64/merge",
         "holov/64/layer0-size",
+        "fastv/128/merged",
+        "sparsevlm/64/dropped",
+        "vtw/layer2/plain",
     ):
         assert name in names
 
@@ -63,6 +70,14 @@ def test_sharing_work_changes_no_bit(pocket):
 
     kinds = ("uniform", "vispruner", "visionzip", "tome", "token_pooling")
     asked = [c for c in configurations() if c.name.startswith(tuple(f"{m}/64/" for m in kinds))]
+    inside = (
+        "fastv/64/plain",
+        "fastv/64/calibrated",
+        "fastv/64/merged",
+        "sparsevlm/64/plain",
+        "vtw/layer2/plain",
+    )
+    asked += [c for c in configurations() if c.name in inside]
 
     def logits():
         given = []
@@ -73,16 +88,23 @@ def test_sharing_work_changes_no_bit(pocket):
         return given
 
     alone = logits()
-    calls = []
+    calls, products = [], []
     layer = model.model.vision_tower
     layer = getattr(layer, "vision_model", layer).encoder.layers[0].mlp
-    counter = layer.register_forward_hook(lambda *_: calls.append(1))
+    first = model.model.language_model.layers[0].mlp
+    counters = [
+        layer.register_forward_hook(lambda *_: calls.append(1)),
+        first.gate_proj.register_forward_hook(lambda *_: products.append(1)),
+    ]
     with shared_work(model):
         shared = logits()
-    counter.remove()
+    for counter in counters:
+        counter.remove()
     assert all(torch.equal(a, b) for a, b in zip(alone, shared, strict=True))
     assert len(calls) == 3, "the same pictures went through the first layers once"
+    assert len(products) == 4 * (len(asked) - len(inside) + 1), "one way up to a cut"
     assert "forward" not in vars(model.model.multi_modal_projector)
+    assert "forward" not in vars(first) and type(restore_ext.ops.calibrated_attention) is not Memory
 
 
 def evaluate(pocket, questions, chosen, batch, right=None):
@@ -150,6 +172,16 @@ def test_the_tables_say_what_the_answers_say():
     assert f"| 128 | tome | 0.500 | 0.667 | {cell} | no anchors |  |" in text
     assert "| 192 | holov | 0.667 | 0.667 | +0.000 ± 0.000 |" in text
     assert f"| merge alone | {' | '.join([f'0.667 ({cell})'] * 4)} |" in text
+    assert (
+        f"| fastv | 64 | 576, 576, 64, 64 | 320 | 0.500 | 0.667 | {cell} | 0.667 ({cell}) |  |"
+        in text
+    )
+    assert (
+        f"| sparsevlm | 64 | 576, 82, 32, 18 | 177 | 0.500 | 0.667 | {cell} |  | 0.667 ({cell}) |"
+        in text
+    )
+    assert "| vtw | layer2 | 576, 576, 0, 0 | 288 | 0.500 |  |  |  |  |" in text
+    assert f"| RESTORE - plain, inside the model | {cell} |" in text
     assert "ablation" not in markdown({"full": made_up("full")})
 
 
@@ -203,7 +235,7 @@ def test_a_memory_answers_only_what_it_was_asked():
     x = torch.arange(4.0)
     same, other = x.clone(), x + 1
     assert [memory(x, k=1), memory(same, k=1), memory(same, k=2), memory(same, k=1)] == [1, 1, 2, 1]
-    assert memory(other, k=1) == 3 and memory(x, k=1) == 4, "the oldest of two was forgotten"
+    assert memory(other, k=1) == 3 and memory(x, k=2) == 4, "what was not asked for longest is gone"
     different = (x.double(), x.view(2, 2), x.tolist(), None)
     assert [memory(y, k=1) for y in different] == [5, 6, 7, 8]
     assert memory(None, k=1, more=True) == 9

@@ -57,8 +57,9 @@ def _diagnose(parser: argparse.ArgumentParser) -> None:
 
 
 def _eval(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", choices=["pocket"])
-    parser.add_argument("--questions", type=int, default=2048)
+    parser.add_argument("model", choices=["pocket", "ocr"])
+    about = "how many, or lines of text for ocr (default: 2048, ocr: 512)"
+    parser.add_argument("--questions", type=int, help=about)
     parser.add_argument("--only", default="", help="configurations whose name has this in it")
 
 

@@ -45,6 +45,11 @@ STEPS: dict[str, dict[str, Any]] = {  # of the ablation
     "merge+positions+size": {**RESTORE, "calibrate": "size"},
     "uniform-anchors": {**RESTORE, "anchor_mode": "uniform"},
 }
+KEPT_POSITIONS = {**PLAIN, "positions": "original"}  # as FastV has it, and the two without scores
+# Inside the language model a budget is not what all layers see (docs/pocket.md). The model has four
+# layers; SparseVLM's three cuts, scaled to that, would be two.
+SPARSEVLM_LAYERS = [1, 2, 3]
+SCHEDULES = {keep: [576, (2 * 576 + keep) // 3, (576 + 2 * keep) // 3, keep] for keep in BUDGETS}
 
 Right = dict[str, list[bool]]  # configuration -> question by question, was the answer right
 
@@ -58,7 +63,7 @@ class Configuration:
 
 
 def configurations() -> list[Configuration]:
-    """Everything the table shows, named "full" or METHOD/BUDGET/WAY."""
+    """Everything the tables show, named "full" or METHOD/BUDGET/WAY."""
     named = []
     for method, what in (METHODS | TOWER_METHODS).items():
         for keep in BUDGETS:
@@ -70,7 +75,34 @@ def configurations() -> list[Configuration]:
             for way, options in here.items():
                 given = {"method": method, "keep": keep, **options}
                 named.append(Configuration(f"{method}/{keep}/{way}", given))
-    return [Configuration("full"), *named]
+    return [Configuration("full"), *named, *_inside()]
+
+
+def _inside() -> list[Configuration]:
+    """Those that cut inside the language model: ways "plain", as published, and "calibrated", with
+    RESTORE; "merged" and "dropped" where merging is not what the method does otherwise."""
+    named: list[Configuration] = []
+
+    def ask(cell: str, way: str, method: str, how: dict[str, Any], **given: Any) -> None:
+        named.append(Configuration(f"{method}/{cell}/{way}", {"method": method, **given, **how}))
+
+    for keep in BUDGETS:
+        asked: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+            ("fastv", KEPT_POSITIONS, {"keep": keep}),
+            ("pyramiddrop", PLAIN, {"keep": keep}),
+            ("sparsevlm", PLAIN, {"keep": keep, "options": {"layers": SPARSEVLM_LAYERS}}),
+            ("schedule", KEPT_POSITIONS, {"options": {"layers": SCHEDULES[keep]}}),
+        ]
+        for method, plain, given in asked:
+            ask(str(keep), "plain", method, plain, **given)
+            ask(str(keep), "calibrated", method, RESTORE, **given)
+            merge = method != "sparsevlm"
+            given["options"] = {**given.get("options", {}), "merge": merge}
+            ask(str(keep), "merged" if merge else "dropped", method, RESTORE, **given)
+    ask("layer2", "plain", "vtw", KEPT_POSITIONS, options={"layer": 2})
+    for way, how in (("plain", KEPT_POSITIONS), ("calibrated", RESTORE)):
+        ask("stride2", way, "adsc_style", how, options={"layers": [1, 2], "stride": 2})
+    return named
 
 
 @dataclass(frozen=True)
@@ -153,12 +185,12 @@ class Estimate:
 
 
 def accuracy(right: Sequence[bool]) -> Estimate:
-    return _estimate([float(r) for r in right])
+    return estimate([float(r) for r in right])
 
 
 def difference(right: Sequence[bool], base: Sequence[bool]) -> Estimate:
     """Accuracy minus accuracy of `base`, question by question."""
-    return _estimate([float(r) - float(b) for r, b in zip(right, base, strict=True)])
+    return estimate([float(r) - float(b) for r, b in zip(right, base, strict=True)])
 
 
 def pooled(right: Right, way: str, base: str) -> Estimate | None:
@@ -171,10 +203,11 @@ def pooled(right: Right, way: str, base: str) -> Estimate | None:
     if not pairs:
         return None
     better = np.array([w for w, _ in pairs], dtype=float).mean(0)
-    return _estimate((better - np.array([b for _, b in pairs], dtype=float).mean(0)).tolist())
+    return estimate((better - np.array([b for _, b in pairs], dtype=float).mean(0)).tolist())
 
 
-def _estimate(values: Sequence[float]) -> Estimate:
+def estimate(values: Sequence[float]) -> Estimate:
+    """The mean of values that are independent of each other."""
     n = len(values)
     mean = sum(values) / n
     variance = sum((v - mean) ** 2 for v in values) / max(n - 1, 1)

@@ -12,6 +12,7 @@ from restore_ext.pocket.scenes import parse
 
 POCKET_NAME = "pocket"
 FOLDER = Path(__file__).parent / "model"
+VISUAL_TOKENS, DEPTH = 576, 4  # of a picture; decoder layers
 
 
 def resolve(name: str) -> str:

@@ -2,19 +2,24 @@
 
 from collections.abc import Sequence
 
-from restore_ext.methods import list_methods
+from restore_ext.methods import find_card, list_methods
+from restore_ext.methods.problem import INSIDE
 from restore_ext.pocket.eval import (
     ABLATION_BUDGETS,
     ABLATION_METHODS,
     BUDGETS,
     STEPS,
+    Configuration,
     Estimate,
     Right,
     accuracy,
+    configurations,
     difference,
     kinds,
     pooled,
 )
+from restore_ext.pocket.model import DEPTH, VISUAL_TOKENS
+from restore_ext.stages import Request, make_stages
 
 # The ablation's rows, in the order in which things are added.
 LADDER = {
@@ -32,8 +37,8 @@ def markdown(right: Right) -> str:
     """The tables that the answers suffice for, with a line on how to read them."""
     questions = min(len(answers) for answers in right.values())
     right = {name: answers[:questions] for name, answers in right.items()}
-    parts = [_full(right, questions), _main(right), _layer0(right), _ablation(right)]
-    parts.append(_pooled(right))
+    parts = [_full(right, questions), _main(right), _inside(right), _layer0(right)]
+    parts += [_ablation(right), _pooled(right)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -71,7 +76,42 @@ def _main(right: Right) -> str:
                 cells += [_mean(official), _gain(official, paper)]
             lines.append(cells)
     titles = ["tokens", "method", "plain", "+ RESTORE", "gain", "official anchors"]
-    return _table([*titles, "official - paper"], lines)
+    return as_table([*titles, "official - paper"], lines)
+
+
+def _inside(right: Right) -> str:
+    lines = []
+    for c in configurations():
+        if not c.name.endswith("/plain") or find_card(c.options["method"]).place != INSIDE:
+            continue
+        method, budget, _ = c.name.split("/")
+        ways = ("plain", "calibrated", "merged", "dropped")
+        plain, restored, *others = (right.get(f"{method}/{budget}/{way}") for way in ways)
+        if plain is None:
+            continue
+        tokens = tokens_of_layers(c)
+        seen = ", ".join(map(str, tokens))
+        cells = [method, budget, seen, f"{sum(tokens) / DEPTH:.0f}", _mean(plain)]
+        cells += ["", ""] if restored is None else [_mean(restored), _gain(restored, plain)]
+        for other in others:
+            cells.append("" if other is None else f"{_mean(other)} ({_gain(other, plain)})")
+        lines.append(cells)
+    titles = ["inside the model", "asked for", "tokens of layers 0 to 3", "mean", "plain"]
+    titles += ["+ RESTORE", "gain", "merging instead of dropping", "dropping instead of merging"]
+    return as_table(titles, lines)
+
+
+def tokens_of_layers(configuration: Configuration) -> list[int]:
+    """How many visual tokens every layer sees where a method cuts inside the language model."""
+    given = configuration.options
+    request = Request(DEPTH, given.get("keep"), None, given.get("retain", 1.0), "paper")
+    stages = make_stages(given["method"], request, given.get("options", {}))
+    cuts = {stage.layer: stage for stage in stages}
+    tokens = [VISUAL_TOKENS]
+    for layer in range(1, DEPTH):
+        now = tokens[-1]
+        tokens.append(cuts[layer].counts(VISUAL_TOKENS, now)[0] if layer in cuts else now)
+    return tokens
 
 
 def _layer0(right: Right) -> str:
@@ -83,7 +123,7 @@ def _layer0(right: Right) -> str:
             if uniform is not None and size is not None:
                 row = [str(keep), method, _mean(uniform), _mean(size), _gain(size, uniform)]
                 lines.append(row)
-    return _table(["tokens", "method", "layer 0 uniform", "layer 0 size", "difference"], lines)
+    return as_table(["tokens", "method", "layer 0 uniform", "layer 0 size", "difference"], lines)
 
 
 def _ablation(right: Right) -> str:
@@ -98,21 +138,23 @@ def _ablation(right: Right) -> str:
             cells.append(_mean(here) + ("" if way == "plain" else f" ({_gain(here, plain)})"))
         lines.append(cells)
     titles = [f"{method}, {keep} tokens" for method, keep in columns]
-    return _table(["ablation (gain over plain)", *titles], lines)
+    return as_table(["ablation (gain over plain)", *titles], lines)
 
 
 def _pooled(right: Right) -> str:
     """One line for each question that a default answers."""
     asked = {
         "RESTORE - plain": ("paper", "plain"),
+        "RESTORE - plain, inside the model": ("calibrated", "plain"),
+        "RESTORE with merging - without, inside": ("merged", "calibrated"),
         "official anchors - paper's": ("official", "paper"),
         "evenly spaced anchors - paper's": ("uniform-anchors", "paper"),
         "real sizes in layer 0 - uniform ones": ("layer0-size", "paper"),
         "with the distance term - without": ("paper", "merge+positions+size"),
     }
     answers = {title: pooled(right, *ways) for title, ways in asked.items()}
-    lines = [(title, _signed(gain)) for title, gain in answers.items() if gain is not None]
-    return _table(["over all methods and budgets measured", "difference"], lines)
+    lines = [(title, signed(gain)) for title, gain in answers.items() if gain is not None]
+    return as_table(["over all methods and budgets measured", "difference"], lines)
 
 
 def _mean(right: Sequence[bool]) -> str:
@@ -120,14 +162,16 @@ def _mean(right: Sequence[bool]) -> str:
 
 
 def _gain(right: Sequence[bool], base: Sequence[bool]) -> str:
-    return _signed(difference(right, base))
+    return signed(difference(right, base))
 
 
-def _signed(estimate: Estimate) -> str:
+def signed(estimate: Estimate) -> str:
+    """A difference with its interval."""
     return f"{estimate.mean:+.3f} ± {estimate.half:.3f}"
 
 
-def _table(titles: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+def as_table(titles: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; nothing without lines."""
     if not lines:
         return ""
     rule = ["---"] * len(titles)

@@ -1,0 +1,96 @@
+"""Measures what every way of reducing tokens costs the reader of restore_ext.ocr in lines read.
+
+    python -m bench.eval_ocr            reads all lines in every way
+    python -m bench.eval_ocr --table    writes the tables into docs/ocr.md, from the answers kept
+
+The answers are kept in bench/results/ocr_eval.json, line by line: the edit distance of each.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import PIL
+import torch
+from tqdm import tqdm
+
+from bench.machine import commit, machine
+from bench.table import replaced
+from restore_ext.ocr.eval import Errors, characters, configurations, evaluate
+from restore_ext.ocr.reader import load_reader
+from restore_ext.ocr.table import markdown
+
+RESULTS = Path("bench/results/ocr_eval.json")
+PAGE = Path("docs/ocr.md")
+DIGITS = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.eval_ocr", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--lines", type=int, default=512)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--table", action="store_true", help="write the table, read nothing")
+    parser.add_argument("--page", type=Path, default=PAGE)
+    a = parser.parse_args(argv)
+    if a.table:
+        write_table(a.results, a.page)
+        return
+    reader, began = load_reader(), commit()
+    chosen, start = configurations(), time.process_time()
+    wrong: Errors = {}
+    with tqdm(total=len(chosen), unit="way") as bar:
+        for name, errors in evaluate(reader, a.lines, chosen):
+            if name:
+                wrong[name] = errors
+                bar.update()
+    minutes = (time.process_time() - start) / 60
+    facts = {
+        "command": f"python -m bench.eval_ocr --lines {a.lines}",
+        "weights": reader.fingerprint,
+        "machine": f"{machine('cpu')}, {torch.get_num_threads()} threads, {minutes:.0f} min of CPU",
+        "torch": torch.__version__,
+        "pillow": PIL.__version__,
+        "commit": began,
+    }
+    save(a.results, facts, characters(a.lines), wrong)
+    print(f"{len(chosen)} ways, {minutes:.1f} min: {a.results}")
+
+
+def save(results: Path, facts: dict[str, str], lengths: Sequence[int], wrong: Errors) -> None:
+    rows = {name: pack(errors) for name, errors in wrong.items()}
+    content = {"made": facts, "characters": pack(lengths), "errors": rows}
+    results.parent.mkdir(parents=True, exist_ok=True)
+    results.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def pack(numbers: Sequence[int]) -> str:
+    """Numbers below 62, a digit each."""
+    return "".join(DIGITS[number] for number in numbers)
+
+
+def unpack(text: str) -> list[int]:
+    return [DIGITS.index(digit) for digit in text]
+
+
+def write_table(results: Path, page: Path) -> None:
+    """Puts the tables between the markers of `page`, with what they were made with."""
+    content = json.loads(results.read_text())
+    wrong = {name: unpack(text) for name, text in content["errors"].items()}
+    lacking = [c.name for c in configurations() if c.name not in wrong]
+    if lacking:
+        raise ValueError(f"{results} must have every configuration, lacks {lacking}")
+    facts = content["made"]
+    how = (
+        f"`{facts['command']}`, then `--table`: {facts['machine']}, torch {facts['torch']}, pillow "
+        f"{facts['pillow']}, commit {facts['commit']}, weights {facts['weights']}."
+    )
+    text = f"{markdown(wrong, unpack(content['characters']))}\n\n{how}"
+    page.write_text(replaced(page.read_text(), "ocr-table", text))
+    print(f"{results} -> {page}")
+
+
+if __name__ == "__main__":
+    main()
