@@ -112,6 +112,15 @@ def add_reduction(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend", choices=BACKENDS, default="op", help="attention: our op, or torch"
     )
+    about = "leave a prompt with fewer visual tokens than that as it is; 0: none"
+    parser.add_argument("--min-visual-tokens", type=not_negative, default=0, help=about)
+
+
+def not_negative(text: str) -> int:
+    """The int >= 0 that an option was given."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be an int of at least 0, got {text}")
+    return int(text)
 
 
 COMMANDS = (

@@ -37,6 +37,7 @@ def demo(arguments: argparse.Namespace) -> None:
                 restore=restore,
                 backend=arguments.backend,
                 schedule=arguments.schedule,
+                min_visual_tokens=arguments.min_visual_tokens,
             )
         except ValueError as error:
             raise UserError(one_line(error)) from error
