@@ -6,15 +6,16 @@ from typing import Any
 from torch import Tensor
 
 from bench.gpu import attention
-from bench.gpu.attention import sdpa_and_mask, sdpa_mask_kept
+from bench.gpu.attention import sdpa_mask_kept
 from bench.harness import Gpu, Peer, main
 from bench.provider import Given
 from restore_ext import calibrated_attention, calibrated_attention_paged
+from restore_ext.bench import plain
 from restore_ext.testing.paged import PagedCase, contiguous
 
 
 def gathered(**given: Any) -> Callable[[], Tensor]:
-    return lambda: sdpa_and_mask(**contiguous(given))
+    return lambda: plain.calibrated_attention(**contiguous(given))
 
 
 def no_pages(fn: Callable[..., Callable[[], Tensor]]) -> Peer:

@@ -80,6 +80,6 @@ def _note(outcome: Outcome) -> str:
     kept = int(outcome.reduction.kept.sum())
     merged = int(outcome.reduction.merged.sum())
     if not merged:
-        where = " inside the model" if outcome.visual_tokens_at_last < outcome.visual_tokens else ""
+        where = " inside the model" if outcome.tokens.last < outcome.tokens.first else ""
         return f"{kept} kept, the rest dropped{where}"
     return f"{kept} kept; {merged} merged: a colour each, a dot where it stands"

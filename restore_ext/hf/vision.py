@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.utils import ModelOutput
 
+from restore_ext import profiling
 from restore_ext.hf.attention import MASK_NEEDS, NamedConfig, stock_attention
 from restore_ext.hf.patches import Patches
 from restore_ext.hf.settings import Settings
@@ -168,7 +169,7 @@ def watched(
         _require_all_heads(module, query)
         scaling = kwargs.get("scaling")
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        with torch.no_grad():
+        with torch.no_grad(), profiling.range("score_patches"):
             scores = module.config.state(query.float(), key.float(), scale, attention_mask)
             record.attention.append(scores)
             if record.settings.chosen.metric == KEYS:
