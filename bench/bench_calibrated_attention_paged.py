@@ -1,6 +1,7 @@
 """calibrated_attention_paged: a decoding step over a cache in pages, against gathering it first."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -12,10 +13,6 @@ from bench.provider import Given
 from restore_ext import calibrated_attention, calibrated_attention_paged
 from restore_ext.bench import plain
 from restore_ext.testing.paged import PagedCase, contiguous
-
-
-def gathered(**given: Any) -> Callable[[], Tensor]:
-    return lambda: plain.calibrated_attention(**contiguous(given))
 
 
 def no_pages(fn: Callable[..., Callable[[], Tensor]]) -> Peer:
@@ -50,8 +47,11 @@ ON_GPU = [
 ]
 
 if __name__ == "__main__":
+    paged = plain.calibrated_attention_paged
+    # Not captured: it asks how long rows are.
+    gather = Peer(lambda **given: partial(paged, **given), captured=False)
     providers = {
-        "gather, SDPA, new mask": Peer(gathered, captured=False),  # it asks how long rows are
+        "gather, SDPA, new mask": gather,
         "restore_ext": calibrated_attention_paged,
     }
     peers = {

@@ -16,7 +16,8 @@ from torch import Tensor
 import restore_ext
 from bench.harness import Gpu, Peer, main
 from bench.provider import Given
-from restore_ext.bench.random_llava import VOCABULARY, Shape, build, prompt
+from restore_ext.bench.random_llava import Shape, build, prompt
+from restore_ext.testing.zoo import VOCABULARY
 
 # Relative error of the logits against the same reduction with a mask, after all layers.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}

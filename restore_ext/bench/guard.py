@@ -8,17 +8,17 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from restore_ext.bench.prefill import COLUMNS, measure_prefills
+from restore_ext.bench import prefill
 from restore_ext.bench.random_llava import Shape, build, prompt
 from restore_ext.bench.rounds import Reading
 from restore_ext.bench.table import Column, Row
 from restore_ext.bench.ways import ALL_TOKENS, ways_of
 
-GUARD_COLUMNS = (
-    COLUMNS[0],
+COLUMNS = (
+    prefill.COLUMNS[0],
     Column("before", "visual tokens"),
     Column("tokens", "kept"),
-    *COLUMNS[2:],
+    *prefill.COLUMNS[2:],
 )
 
 
@@ -34,7 +34,7 @@ def measure_guard(
     clock: Reading,
     done: Callable[[], object] = lambda: None,
 ) -> list[Row]:
-    """The rows of measure_prefills() for pictures of side x side tokens, `share` of which stay."""
+    """Rows of measure_prefills() for pictures of side x side tokens, `share` of which stay."""
     rows: list[Row] = []
     for side in sides:
         shape = Shape.of(layers, hidden, side)
@@ -42,7 +42,7 @@ def measure_guard(
         keep = max(1, round(share * side**2))
         ways = ways_of(methods, keep, model, inputs)
         ways = [way for way in ways if way.method is None or way.restore]
-        found = measure_prefills(model, inputs, ways, rounds, clock, done)
+        found = prefill.measure_prefills(model, inputs, ways, rounds, clock, done)
         rows += [{"before": str(side**2)} | row for row in found]
     return rows
 

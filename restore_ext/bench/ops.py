@@ -55,7 +55,6 @@ class Problem:
 
 def problems() -> list[Problem]:
     token, merge = TokenCase(), MergeCase()
-    rows = {"sizes": False, "positions": None, "P": 0, "Hq": 8, "Hkv": 8, "Lk": 704}
     found = [
         Problem(op, str(token), partial(_tokens, token, **more), check)
         for op, more, check in (
@@ -76,7 +75,7 @@ def problems() -> list[Problem]:
     found.append(Problem("calibrated_attention_paged", about, pages.arguments, _check_paged))
     for R in (1, 20):
         about = f"H=8 R={R} Lk=704 D=128"
-        case = RowScoresCase(Lq=R, **rows)
+        case = RowScoresCase(Hq=8, Hkv=8, Lq=R, Lk=704, sizes=False, positions=None, P=0)
         found.append(Problem("row_scores", about, case.arguments, _check_scores))
     return found
 

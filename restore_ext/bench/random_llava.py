@@ -8,9 +8,8 @@ import torch
 import transformers
 from torch import Tensor
 
-from restore_ext.testing.zoo import IMAGE, PATCH, TEXT
+from restore_ext.testing.zoo import IMAGE, PATCH, TEXT, VOCABULARY
 
-VOCABULARY: int = TEXT["vocab_size"]
 BEFORE, BEHIND = 35, 20  # words of a prompt before and behind its picture
 
 
@@ -28,8 +27,8 @@ class Shape:
 
     @staticmethod
     def of(layers: int, hidden: int, side: int) -> "Shape":
-        """In about LLaVA-1.5's proportions: heads of 64, a tower of half the width and depth, but of
-        five blocks at least, for tome_vit halves the tokens once in each."""
+        """In about LLaVA-1.5's proportions: heads of 64, a tower of half the width and depth, but
+        of five blocks at least, for tome_vit halves the tokens once in each."""
         tower = max(5, layers // 2), max(64, hidden // 2)
         return Shape(layers, hidden, max(1, hidden // 64), hidden * 11 // 4, side, *tower)
 

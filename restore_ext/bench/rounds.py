@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 
-CLOCKS = ("wall", "thread")
 Reading = Callable[[], float]  # of one run, in seconds
 
 

@@ -17,7 +17,7 @@ from restore_ext.bench.generation import (
 from restore_ext.bench.prefill import per_row, repeated
 from restore_ext.bench.rounds import Reading, Spread, ratio
 from restore_ext.bench.table import Column, Row
-from restore_ext.bench.ways import STOCK, Refused, Way, attentions
+from restore_ext.bench.ways import ALL_TOKENS, STOCK, Refused, Way, attentions
 
 COLUMNS = (
     Column("way", "method", number=False),
@@ -108,24 +108,26 @@ class Serving:
                 yield from self._cell(inputs, B, C, done)
 
     def _cell(self, inputs: Inputs, B: int, C: int, done: Callable[[], object]) -> Iterator[Row]:
-        rows, seen = {}, {}
+        rows: dict[str, Row] = {}
+        seen: dict[str, Seen] = {}
+        ways = {way.name: way for way in self.ways}
         with ThreadPoolExecutor(C) as pool:
-            for way in self.ways:
-                row = rows[way.name] = {"way": way.name, "batch": str(B), "concurrency": str(C)}
+            for name, way in ways.items():
+                row = rows[name] = {"way": name, "batch": str(B), "concurrency": str(C)}
                 try:
                     row |= self._warm_up(inputs, way)
                 except Refused as refusal:
                     row |= {"attention": "", "note": f"refused: {refusal}"}
                 else:
-                    seen[way] = Seen()
+                    seen[name] = Seen()
                 done()
             for _ in range(self.rounds):
-                for way, readings in seen.items():
-                    self._turn(pool, C, inputs, way, readings)
+                for name, readings in seen.items():
+                    self._turn(pool, C, inputs, ways[name], readings)
                     done()
-        base = seen[STOCK].first
-        for way, readings in seen.items():
-            rows[way.name] |= self._columns(readings, base, way)
+        base = seen[ALL_TOKENS].first
+        for name, readings in seen.items():
+            rows[name] |= self._columns(readings, None if name == ALL_TOKENS else base)
         yield from rows.values()
 
     def _attention(self, way: Way) -> str:
@@ -165,12 +167,12 @@ class Serving:
             if way is not STOCK and C == 1:  # beside others it would be a share of waiting
                 readings.reduction.append(time_reduction(self.model, inputs, self.clock))
 
-    def _columns(self, readings: Seen, base: Sequence[float], way: Way) -> Row:
+    def _columns(self, readings: Seen, base: Sequence[float] | None) -> Row:
         first = Spread.of(readings.first)
         row = first.columns("ttft_ms", 1e3, 1)
         if self.following:
             row |= Spread.of(readings.token).columns("token_ms", 1e3)
-        if way is STOCK:
+        if base is None:
             return row
         row |= ratio(base, readings.first).columns("speedup")
         if not readings.reduction:

@@ -1,7 +1,7 @@
 """A table of measurements: columns of text, as CSV, Markdown and aligned lines."""
 
 import csv
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,14 +74,14 @@ def read_csv(path: Path) -> list[Row]:
 
 
 def bars(
-    path: Path, rows: Iterable[Row], label: str, key: str, title: str, unit: str, base: float | None
+    path: Path, rows: Mapping[str, Row], key: str, title: str, unit: str, base: float | None
 ) -> None:
-    """A PNG of horizontal bars with their percentiles; a dashed line at `base`."""
+    """A PNG of horizontal bars with their percentiles, of rows by name; a dashed line at `base`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    shown = [row for row in rows if row.get(key)]
-    names = [row[label] for row in shown]
+    names = [name for name, row in rows.items() if row.get(key)]
+    shown = [rows[name] for name in names]
     middle = [float(row[key]) for row in shown]
     low = [m - float(row[f"{key}_p20"]) for m, row in zip(middle, shown, strict=True)]
     high = [float(row[f"{key}_p80"]) - m for m, row in zip(middle, shown, strict=True)]

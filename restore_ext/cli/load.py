@@ -26,7 +26,7 @@ def load(name: str, device: str, dtype: str) -> tuple[Any, Any]:
     """(model, processor) of a hub id, a folder, or "pocket"; the model in eval mode on `device`."""
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-    target = _require_device(device)
+    target = require_device(device)
     folder = resolve(name)
     local = Path(folder).is_dir()
     if local and not (Path(folder) / "config.json").is_file():
@@ -85,7 +85,8 @@ def to_model(inputs: dict[str, Any], model: Any) -> dict[str, Any]:
     }
 
 
-def _require_device(name: str) -> torch.device:
+def require_device(name: str) -> torch.device:
+    """The device of that name, which must be there and have our operators."""
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

@@ -78,8 +78,7 @@ class Settings:
             return list(tokens)
         spared, budgets = self.spared(tokens, rows), self._split(tokens, owner, rows)
         return [
-            n if whole else budget
-            for n, whole, budget in zip(tokens, spared, budgets, strict=True)
+            n if whole else budget for n, whole, budget in zip(tokens, spared, budgets, strict=True)
         ]
 
     def spared(self, tokens: Sequence[int], rows: Sequence[int]) -> list[bool]:
