@@ -157,9 +157,7 @@ def test_prepared_inputs_of_too_few_are_those_that_came(family):
     with few:
         assert few.report is None and few["input_ids"] is inputs["input_ids"]
         assert set(few) == set(inputs)
-    enough = restore_ext.prepare_inputs(
-        model(family), **inputs, **options, min_visual_tokens=total
-    )
+    enough = restore_ext.prepare_inputs(model(family), **inputs, **options, min_visual_tokens=total)
     assert enough.report is not None and "inputs_embeds" in enough._tensors
 
 

@@ -46,11 +46,11 @@ def bench(arguments: argparse.Namespace) -> None:
     quiet()
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
+    made = facts.made(arguments.device, arguments.clock)  # now: what runs is what was read now
     kinds = {"model": _model, "methods": _methods, "ops": _ops, "guard": _guard}
     subject, tables, said = kinds[arguments.kind](arguments)
-    made = {"command": _command(arguments), "model": subject}
-    made |= facts.made(arguments.device, arguments.clock)
-    tables = [_with_facts(table, made) for table in tables]
+    made = {"command": _command(arguments), "model": subject} | made
+    tables = [replace(table, rows=[row | made for row in table.rows]) for table in tables]
     for table in tables:
         print(f"{text(table.rows, table.columns)}\n")
     print("\n".join([*said, said_of(tables[0].rows)]))
@@ -201,11 +201,6 @@ def _command(arguments: argparse.Namespace) -> str:
         at = words.index("--output")
         del words[at : at + 2]
     return shlex.join(["restore-ext", *(w for w in words if not w.startswith("--output="))])
-
-
-def _with_facts(table: Table, made: Row) -> Table:
-    rows = [row | made for row in table.rows]
-    return replace(table, rows=rows)
 
 
 def _write(folder: Path, tables: Sequence[Table], said: Sequence[str]) -> None:
