@@ -22,9 +22,13 @@ THREADS = {"1": "one core", "2": "two cores"}
 
 def main() -> None:
     facts = made("cpu", "wall")  # now: what runs is what was read now
-    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        with contextlib.redirect_stdout(io.StringIO()) as out:
-            failed = restore_ext(shlex.split(COMMAND)[1:])
+    out = io.StringIO()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.chdir(folder),
+        contextlib.redirect_stdout(out),
+    ):
+        failed = restore_ext(shlex.split(COMMAND)[1:])
     if failed:
         sys.exit(failed)
     kept = {"command": COMMAND, "made": facts, "printed": out.getvalue()}

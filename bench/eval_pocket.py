@@ -161,8 +161,8 @@ def tables(results: Path = RESULTS) -> str:
         raise ValueError(f"{results} must have {ENOUGH} answers everywhere, lacks {lacking}")
     commits = ", ".join(dict.fromkeys(c for row in rows.values() for c in row["commits"]))
     how = (
-        f"`{facts['command']}`, then `python -m bench.tables`: {facts['machine']}, torch {facts['torch']}, "
-        f"transformers {facts['transformers']}, commit {commits}, weights "
+        f"`{facts['command']}`, then `python -m bench.tables`: {facts['machine']}, torch "
+        f"{facts['torch']}, transformers {facts['transformers']}, commit {commits}, weights "
         f"{facts['weights']}."
     )
     return f"{markdown(right)}\n\n{how}"

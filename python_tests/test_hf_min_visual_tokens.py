@@ -1,4 +1,4 @@
-"""min_visual_tokens: a prompt with too few visual tokens is left as it is, wherever a method acts."""
+"""min_visual_tokens: a prompt with too few visual tokens is left as it is, in every way."""
 
 import pytest
 import torch
