@@ -14,7 +14,7 @@ import restore_ext
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def machine(device: str) -> str:
+def machine(device: str | torch.device) -> str:
     """The name of the GPU, or of the CPU."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -46,7 +46,7 @@ def first_line(*command: str) -> str:
     return run.stdout.strip().partition("\n")[0]
 
 
-def made(device: str, clock: str) -> dict[str, str]:
+def made(device: str | torch.device, clock: str) -> dict[str, str]:
     """Columns of every row: a number without its machine, its torch and its commit is a rumour."""
     facts = {
         "machine": machine(device),

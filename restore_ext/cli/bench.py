@@ -43,10 +43,11 @@ class Table:
 def bench(arguments: argparse.Namespace) -> None:
     """Prints the tables of one kind, and writes them if asked."""
     _check(arguments)
+    device = require_device(arguments.device)
     quiet()
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    made = facts.made(arguments.device, arguments.clock)  # now: what runs is what was read now
+    made = facts.made(device, arguments.clock)  # now: what runs is what was read now
     kinds = {"model": _model, "methods": _methods, "ops": _ops, "guard": _guard}
     subject, tables, said = kinds[arguments.kind](arguments)
     made = {"command": _command(arguments), "model": subject} | made
@@ -128,7 +129,7 @@ def _methods(arguments: argparse.Namespace) -> tuple[str, list[Table], list[str]
 
 
 def _ops(arguments: argparse.Namespace) -> tuple[str, list[Table], list[str]]:
-    device = require_device(arguments.device)
+    device = torch.device(arguments.device)
     with closing(_bar(len(ops.problems()))) as bar:
         rows = ops.measure_ops(
             arguments.device,
@@ -143,7 +144,7 @@ def _ops(arguments: argparse.Namespace) -> tuple[str, list[Table], list[str]]:
 
 
 def _guard(arguments: argparse.Namespace) -> tuple[str, list[Table], list[str]]:
-    device = require_device(arguments.device)
+    device = torch.device(arguments.device)
     methods = _asked(arguments)
     with closing(_bar(len(arguments.sides) * (1 + len(methods)) * (1 + arguments.rounds))) as bar:
         rows = guard.measure_guard(
@@ -174,7 +175,6 @@ def _subject(arguments: argparse.Namespace) -> tuple[str, Any, dict[str, torch.T
     if arguments.model == RANDOM:
         if len(arguments.shape) != 3:
             raise UserError(f"--shape must be LAYERS,WIDTH,SIDE, got {arguments.shape}")
-        require_device(arguments.device)
         shape, dtype = Shape.of(*arguments.shape), getattr(torch, arguments.dtype)
         given = shape, arguments.device, dtype
         return str(shape), build(*given), random_prompt(shape, 1, arguments.device, dtype)
