@@ -155,17 +155,19 @@ def unpack(text: str, questions: int) -> list[bool]:
 def tables(results: Path = RESULTS) -> str:
     """The tables of the answers kept, with what they were made with."""
     facts, rows = json.loads(results.read_text())["made"], kept(results)
+    rows = {n: row for n, row in rows.items() if row["questions"] >= ENOUGH}
+    if not rows:
+        raise ValueError(f"{results} must have {ENOUGH} answers of some configuration, has none")
     right = {n: unpack(row["right"], row["questions"]) for n, row in rows.items()}
-    lacking = [c.name for c in configurations() if len(right.get(c.name, [])) < ENOUGH]
-    if lacking:
-        raise ValueError(f"{results} must have {ENOUGH} answers everywhere, lacks {lacking}")
+    lacking = dict.fromkeys(c.name.split("/")[0] for c in configurations() if c.name not in rows)
+    asked = f" Not asked yet, or not all: {', '.join(lacking)}." if lacking else ""
     commits = ", ".join(dict.fromkeys(c for row in rows.values() for c in row["commits"]))
     how = (
         f"`{facts['command']}`, then `python -m bench.tables`: {facts['machine']}, torch "
         f"{facts['torch']}, transformers {facts['transformers']}, commit {commits}, weights "
         f"{facts['weights']}."
     )
-    return f"{markdown(right)}\n\n{how}"
+    return f"{markdown(right)}\n\n{how}{asked}"
 
 
 if __name__ == "__main__":
