@@ -50,6 +50,7 @@ def _by_tokens(rows: Sequence[Row]) -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "methods-pocket": partial(shown, "pocket/methods", prefill.COLUMNS),
+    "methods-random": partial(shown, "llava-8x512/methods", prefill.COLUMNS),
     "model": partial(shown, "pocket/model", serving.COLUMNS),
     "concurrency": partial(shown, "pocket-at-once/model", serving.COLUMNS),
     "attention": partial(shown, "pocket/attention", serving.ATTENTION_COLUMNS),
