@@ -86,6 +86,8 @@ def _search(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", default="schedule.json", help="the file to write")
     parser.add_argument("--storage", help="what was measured (default: OUTPUT.trials)")
     parser.add_argument("--resume", action="store_true", help="go on with the storage")
+
+
 def _bench(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(required=True, dest="kind", metavar="WHAT")
     for name, about, add_options in (
