@@ -264,7 +264,7 @@ RANDOM = ["--model", "random", "--shape", "2,64,4", "--keep", "4", "--rounds", "
 
 def test_the_commands_print_and_write(tmp_path, capsys, monkeypatch):
     if not HAS_PLOTS:  # all but the plot
-        monkeypatch.setattr("restore_ext.cli.bench.importlib.util.find_spec", lambda _: True)
+        monkeypatch.setattr("restore_ext.cli.bench.find_spec", lambda _: True)
         monkeypatch.setattr("restore_ext.cli.bench.bars", lambda *_: None)
     out = ["--output", str(tmp_path)]
     given = ["bench", "model", *RANDOM, "--methods", "uniform", "--batch", "2", *out]
@@ -327,7 +327,7 @@ def test_a_mistake_is_said_in_one_line(mistake, capsys):
 
 
 def test_a_plot_without_matplotlib_is_refused_before_any_work(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("restore_ext.cli.bench.importlib.util.find_spec", lambda _: None)
+    monkeypatch.setattr("restore_ext.cli.bench.find_spec", lambda _: None)
     monkeypatch.setattr("restore_ext.cli.bench.load", None)
     assert main(["bench", "model", "--output", str(tmp_path)]) == 2
     assert "pip install matplotlib" in capsys.readouterr().err

@@ -1,11 +1,11 @@
 """`restore-ext bench`: what reduction costs and saves on this machine."""
 
 import argparse
-import importlib.util
 import shlex
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ def _check(arguments: argparse.Namespace) -> None:
         if arguments.threads != 1 or arguments.device != "cpu" or several:
             raise UserError("--clock thread needs --threads 1 and --device cpu, and no concurrency")
     if arguments.output is not None:
-        if importlib.util.find_spec("matplotlib") is None:
+        if find_spec("matplotlib") is None:
             raise UserError("--output has a plot, which needs matplotlib: pip install matplotlib")
         try:
             Path(arguments.output).mkdir(parents=True, exist_ok=True)
