@@ -1,8 +1,9 @@
 # make demo    environment, build, and the main job: a picture and a question, answered on 64 of 576 tokens
 # make test    environment, build, all tests that need no GPU
-# make ci      make test, and format, lint, types, packaging, a short bench, and make check-cuda
+# make ci      make test and test-quant (8-bit weights), and format, lint, types, packaging, a short bench, and make check-cuda
 # make check-cuda      compiles the CUDA kernels and runs them on the CPU (no GPU); -all: everything
 # make check-abi       one binary under the oldest torch and the newest, with and without CUDA
+# make tables    the tables of the README and the docs, from bench/results
 # make docs      the documentation site, in build/site
 # make wheel wheel-cuda    wheels in dist/
 VENV ?= .venv
@@ -25,7 +26,7 @@ FEW_check := $(FEW)
 FEW_ptx80 := $(FEW) and not 96 and not 128 and (not float16 or bfloat16)
 FEW_ptx90a := $(FEW_ptx80)
 
-.PHONY: demo test ci build docs style types wheel wheel-cuda bench-smoke cmake matrix pocket-table clean
+.PHONY: demo test test-quant ci build docs style types wheel wheel-cuda bench-smoke cmake matrix tables pocket-table clean
 .PHONY: check-abi check-cuda check-cuda-all cuda-compiles
 .PHONY: emulate-tests emulate-source emulate-check emulate-ptx80 emulate-ptx90a
 
@@ -36,7 +37,7 @@ test: build
 	$(BIN)/python -m pytest
 
 # The tests run on one core, beside the kernels' many short ones.
-ci: style types wheel cmake bench-smoke
+ci: style types wheel cmake bench-smoke test-quant
 	$(MAKE) -j$(JOBS) VENV=$(VENV) test check-cuda
 
 $(VENV)/ready: requirements.txt
@@ -111,10 +112,20 @@ docs: build
 matrix: build
 	$(BIN)/python tools/version_matrix.py
 
+# Writes every table of the README and the docs from bench/results.
+tables: build
+	$(BIN)/python -m bench.tables
+
+# Models with 8-bit weights, whose libraries lie in a folder of their own.
+test-quant: build
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --no-deps \
+	  --target build/quant -r requirements-quant.txt
+	PYTHONPATH=build/quant $(BIN)/python -m pytest python_tests/test_hf_quantized.py
+
 # Accuracy of every method on held-out questions, and the table in the README. Not in CI.
 pocket-table: build
 	$(BIN)/python -m bench.eval_pocket
-	$(BIN)/python -m bench.eval_pocket --table
+	$(BIN)/python -m bench.tables
 
 clean:
 	rm -rf build dist *.egg-info restore_ext/*.so

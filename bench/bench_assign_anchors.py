@@ -1,8 +1,5 @@
 """assign_anchors against the usual formulation: one batched product of tokens and anchors."""
 
-from torch import Tensor
-from torch.nn.functional import normalize
-
 from bench.gpu.tokens import (
     SIZES,
     TINY,
@@ -10,13 +7,12 @@ from bench.gpu.tokens import (
     compiled_form,
     flash_kmeans_assign,
     half,
-    nearest,
-    own,
     released_assign,
     token_cost,
 )
 from bench.harness import Gpu, Peer, main
 from restore_ext import assign_anchors
+from restore_ext.bench import plain
 from restore_ext.testing.tokens import TokenCase, check_assign_anchors
 
 
@@ -25,16 +21,12 @@ class Case(TokenCase):
         return {"x": self.x(device, dtype), "anchors": self.anchors(device)}
 
 
-def plain_torch(x: Tensor, anchors: Tensor) -> Tensor:
-    return own(nearest(normalize(x.float(), dim=-1), anchors).argmax(-1), anchors)
-
-
 CASES = [Case(k=32), Case(k=32, C=4096), Case(B=4, N=196, k=16, C=768)]
 
 if __name__ == "__main__":
-    providers = {"plain torch": plain_torch, "restore_ext": assign_anchors}
+    providers = {"plain torch": plain.assign_anchors, "restore_ext": assign_anchors}
     peers = {
-        "torch.compile": compiled_form(plain_torch),
+        "torch.compile": compiled_form(plain.assign_anchors),
         "released code": half(released_assign),
         "units given": Peer(assign_units, exact=False),
         "flash-kmeans, units given": Peer(flash_kmeans_assign, exact=False),

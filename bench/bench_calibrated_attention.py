@@ -4,9 +4,10 @@ A case without sizes and distances is plain causal attention, where SDPA needs n
 GPU also against the released code's layer and against kernels that know a bias, or none.
 """
 
-from bench.gpu.attention import BACKENDS, KEPT, check, cost, official_layer, sdpa_and_mask
+from bench.gpu.attention import BACKENDS, KEPT, check, cost, official_layer
 from bench.harness import Gpu, Peer, main
 from restore_ext import calibrated_attention
+from restore_ext.bench import plain
 from restore_ext.testing.attention import AttentionCase
 
 CASES = [
@@ -43,7 +44,7 @@ TINY = [prompt(40, Hq=4, Hkv=2), prompt(37, Hq=2, Hkv=2, B=2, merged=False)]
 
 if __name__ == "__main__":
     providers = {
-        "SDPA, new mask": sdpa_and_mask,
+        "SDPA, new mask": plain.calibrated_attention,
         "SDPA, old mask": KEPT,
         "restore_ext": calibrated_attention,
     }

@@ -1,20 +1,18 @@
 """calibrated_attention_paged: a decoding step over a cache in pages, against gathering it first."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from bench.gpu import attention
-from bench.gpu.attention import sdpa_and_mask, sdpa_mask_kept
+from bench.gpu.attention import sdpa_mask_kept
 from bench.harness import Gpu, Peer, main
 from bench.provider import Given
 from restore_ext import calibrated_attention, calibrated_attention_paged
+from restore_ext.bench import plain
 from restore_ext.testing.paged import PagedCase, contiguous
-
-
-def gathered(**given: Any) -> Callable[[], Tensor]:
-    return lambda: sdpa_and_mask(**contiguous(given))
 
 
 def no_pages(fn: Callable[..., Callable[[], Tensor]]) -> Peer:
@@ -49,8 +47,11 @@ ON_GPU = [
 ]
 
 if __name__ == "__main__":
+    paged = plain.calibrated_attention_paged
+    # Not captured: it asks how long rows are.
+    gather = Peer(lambda **given: partial(paged, **given), captured=False)
     providers = {
-        "gather, SDPA, new mask": Peer(gathered, captured=False),  # it asks how long rows are
+        "gather, SDPA, new mask": gather,
         "restore_ext": calibrated_attention_paged,
     }
     peers = {

@@ -9,12 +9,12 @@ from bench.gpu.attention import (
     cost,
     flashinfer_decode,
     official_step,
-    sdpa_and_mask,
     without_bias,
 )
 from bench.harness import Gpu, Peer, main
 from bench.provider import Given
 from restore_ext import calibrated_attention
+from restore_ext.bench import plain
 from restore_ext.testing.attention import AttentionCase
 
 
@@ -41,7 +41,7 @@ ON_GPU = [
 
 if __name__ == "__main__":
     providers = {
-        "SDPA, new mask": sdpa_and_mask,
+        "SDPA, new mask": plain.calibrated_attention,
         "SDPA, old mask": KEPT,
         "restore_ext": calibrated_attention,
     }

@@ -1,20 +1,17 @@
 """match_bipartite against the usual formulation: one batched product of even and odd tokens."""
 
-from torch import Tensor
-from torch.nn.functional import normalize
-
 from bench.gpu.tokens import (
     SIZES,
     TINY,
     compiled_form,
     half,
     match_units,
-    pairs,
     released_match,
     token_cost,
 )
 from bench.harness import Gpu, Peer, main
 from restore_ext import match_bipartite
+from restore_ext.bench import plain
 from restore_ext.testing.tokens import TokenCase, check_match_bipartite
 
 
@@ -23,17 +20,12 @@ class Case(TokenCase):
         return {"metric": self.x(device, dtype), "r": self.k}
 
 
-def plain_torch(metric: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
-    unit = normalize(metric.float(), dim=-1)
-    return pairs(*(unit[:, ::2] @ unit[:, 1::2].mT).max(-1), r)
-
-
 CASES = [Case(k=144, C=64), Case(k=144), Case(B=8, N=196, k=16, C=64)]
 
 if __name__ == "__main__":
-    providers = {"plain torch": plain_torch, "restore_ext": match_bipartite}
+    providers = {"plain torch": plain.match_bipartite, "restore_ext": match_bipartite}
     peers = {
-        "torch.compile": compiled_form(plain_torch),
+        "torch.compile": compiled_form(plain.match_bipartite),
         "released code": half(released_match),
         "units given": Peer(match_units, exact=False),
     }

@@ -4,25 +4,24 @@ from bench.gpu.tokens import (
     SIZES,
     TINY,
     by_index_add,
-    by_scatter_add,
     by_scatter_reduce,
     compiled_form,
     half,
     merge_cost,
-    merged_with,
     released_merge,
 )
 from bench.harness import Gpu, main
 from restore_ext import merge_tokens
+from restore_ext.bench import plain
+from restore_ext.bench.plain import merged_with
 from restore_ext.testing.tokens import MergeCase, check_merge_tokens
 
 CASES = [MergeCase(), MergeCase(M=64, C=4096), MergeCase(B=4, N=196, M=32, C=768)]
 
 if __name__ == "__main__":
-    plain_torch = merged_with(by_scatter_add)
-    providers = {"plain torch": plain_torch, "restore_ext": merge_tokens}
+    providers = {"plain torch": plain.merge_tokens, "restore_ext": merge_tokens}
     peers = {
-        "torch.compile": compiled_form(plain_torch),
+        "torch.compile": compiled_form(plain.merge_tokens),
         "scatter_reduce": merged_with(by_scatter_reduce),
         "index_add": merged_with(by_index_add),
         "released code": half(released_merge),

@@ -6,45 +6,31 @@ of the two is 32 decoding steps. Weights are random: the times are a model's, th
 
 import copy
 import functools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
 import restore_ext
 from bench.harness import Gpu, Peer, main
 from bench.provider import Given
-from restore_ext.testing.models import IMAGE, PATCH, TEXT
+from restore_ext.bench.random_llava import Shape, build, prompt
+from restore_ext.testing.zoo import VOCABULARY
 
-VOCABULARY: int = TEXT["vocab_size"]
 # Relative error of the logits against the same reduction with a mask, after all layers.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 
 
-@dataclass(frozen=True)
-class Shape:
-    """By default small enough for a CPU; LLaVA is LLaVA-1.5 7B but for its vocabulary."""
-
-    layers: int = 2
-    hidden: int = 128
-    heads: int = 4
-    inner: int = 256
-    side: int = 8  # of the picture, in patches
-    vision_layers: int = 2
-    vision_hidden: int = 64
-
-
+TINY = Shape()
 LLAVA = Shape(32, 4096, 32, 11008, 24, 24, 1024)
 SHORT = Shape(8, 4096, 32, 11008, 24, 24, 1024)  # where the other does not fit
 
 
 @dataclass(frozen=True)
 class Case:
-    shape: Shape = Shape()
+    shape: Shape = TINY
     B: int = 1
     keep: int = 16
     new: int = 1
@@ -55,13 +41,7 @@ class Case:
         return f"B={self.B} {s.layers} layers of {s.hidden}, {tokens}, {self.new} new"
 
     def arguments(self, device: str, dtype: torch.dtype) -> Given:
-        g = torch.Generator().manual_seed(0)
-        text = torch.randint(3, VOCABULARY - 4, (self.B, 55), generator=g)
-        picture = torch.full((self.B, self.shape.side**2), IMAGE)
-        ids = torch.cat([text[:, :35], picture, text[:, 35:]], 1).to(device)
-        side = self.shape.side * PATCH
-        pixels = torch.randn(self.B, 3, side, side, generator=g).to(device, dtype)
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+        inputs = prompt(self.shape, self.B, device, dtype)
         ways = models(self.shape, self.keep, device, dtype)
         return {"inputs": inputs, "ways": ways, "way": "restore_ext", "new": self.new}
 
@@ -76,49 +56,6 @@ def models(shape: Shape, keep: int, device: str, dtype: torch.dtype) -> dict[str
         ways[name] = copy.deepcopy(model, shared)
         restore_ext.attach(ways[name], method="divprune", keep=keep, backend=backend)
     return ways
-
-
-def build(shape: Shape, device: str, dtype: torch.dtype) -> Any:
-    vision = transformers.CLIPVisionConfig(
-        hidden_size=shape.vision_hidden,
-        intermediate_size=4 * shape.vision_hidden,
-        num_hidden_layers=shape.vision_layers,
-        num_attention_heads=shape.vision_hidden // 64 or 1,
-        image_size=shape.side * PATCH,
-        patch_size=PATCH,
-        projection_dim=shape.vision_hidden,
-    )
-    text = TEXT | {
-        "hidden_size": shape.hidden,
-        "intermediate_size": shape.inner,
-        "num_hidden_layers": shape.layers,
-        "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.heads,
-    }
-    config = transformers.LlavaConfig(
-        vision_config=vision,
-        text_config=transformers.LlamaConfig(**text),
-        image_token_index=IMAGE,
-        image_seq_length=shape.side**2,
-    )
-    config._attn_implementation = "sdpa"
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            model = transformers.LlavaForConditionalGeneration(config)
-    finally:
-        torch.set_default_dtype(before)
-    g = torch.Generator(device).manual_seed(0)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if p.dim() > 1:
-                p.normal_(0, 1 if "embed" in name else 1 / math.sqrt(p[0].numel()), generator=g)
-            else:
-                p.fill_(float("norm" in name and name.endswith("weight")))
-    model.generation_config.eos_token_id = None
-    model.generation_config.pad_token_id = TEXT["pad_token_id"]
-    return model.eval()
 
 
 @torch.no_grad()

@@ -13,7 +13,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from bench.harness import Gpu, Peer, main
 from bench.provider import Given, Missing, compiled
-from restore_ext import reference, row_scores
+from restore_ext import row_scores
+from restore_ext.bench import plain
 from restore_ext.testing.row_scores import RowScoresCase, truth
 
 TOLERANCE = 1e-4  # relative, of all scores: the logits are float32
@@ -56,12 +57,8 @@ def filled(given: Given) -> Given:
     return given | {"query_position": index.expand(B, -1), "key_position": keys.expand(B, -1)}
 
 
-def plain_torch(**given: Any) -> Tensor:
-    return reference.row_scores(**given | {k: given[k].float() for k in ("query", "key")})
-
-
 def compiled_form(**given: Any) -> Callable[[], Tensor]:
-    call = compiled(plain_torch, given["query"].device)
+    call = compiled(plain.row_scores, given["query"].device)
     return lambda: call(**given)
 
 
@@ -115,7 +112,7 @@ ON_GPU = [
 TINY = [rows(1, 40, 4, 2), rows(37, 37, 4, 4, B=2), rows(5, 40, 4, 2, sizes=True, P=64)]
 
 if __name__ == "__main__":
-    providers = {"plain torch": plain_torch, "restore_ext": row_scores}
+    providers = {"plain torch": plain.row_scores, "restore_ext": row_scores}
     peers = {
         "torch.compile": Peer(compiled_form),
         "SDPA, one-hot values": Peer(by_one_hot_values, exact=False),

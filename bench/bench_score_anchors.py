@@ -10,7 +10,8 @@ from bench.gpu.tokens import (
     token_cost,
 )
 from bench.harness import Gpu, main
-from restore_ext import reference, score_anchors
+from restore_ext import score_anchors
+from restore_ext.bench import plain
 from restore_ext.testing.tokens import TokenCase, check_score_anchors
 
 
@@ -19,16 +20,12 @@ class Case(TokenCase):
         return {"x": self.x(device, dtype)}
 
 
-def plain_torch(x):
-    return reference.score_anchors(x.float())
-
-
 CASES = [Case(), Case(C=4096), Case(B=4, N=196, C=768)]
 
 if __name__ == "__main__":
-    providers = {"plain torch": plain_torch, "restore_ext": score_anchors}
+    providers = {"plain torch": plain.score_anchors, "restore_ext": score_anchors}
     peers = {
-        "torch.compile": compiled_form(plain_torch),
+        "torch.compile": compiled_form(plain.score_anchors),
         "released code": half(released_scores, mode="official"),
     }
     gpu = Gpu([Case(**s) for s in SIZES], [Case(**s) for s in TINY], peers)

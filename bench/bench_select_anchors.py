@@ -1,7 +1,5 @@
 """select_anchors against the usual formulation, which stores all N x N cosines."""
 
-from torch import Tensor
-
 from bench.gpu.tokens import (
     SIZES,
     TINY,
@@ -12,7 +10,8 @@ from bench.gpu.tokens import (
     token_cost,
 )
 from bench.harness import Gpu, main
-from restore_ext import reference, select_anchors
+from restore_ext import select_anchors
+from restore_ext.bench import plain
 from restore_ext.testing.tokens import TokenCase, check_select_anchors
 
 
@@ -21,16 +20,12 @@ class Case(TokenCase):
         return {"x": self.x(device, dtype), "k": self.k}
 
 
-def plain_torch(x: Tensor, k: int) -> Tensor:
-    return reference.score_anchors(x.float()).topk(k).indices.sort().values
-
-
 CASES = [Case(), Case(C=4096), Case(B=4, N=196, k=32, C=768)]
 
 if __name__ == "__main__":
-    providers = {"plain torch": plain_torch, "restore_ext": select_anchors}
+    providers = {"plain torch": plain.select_anchors, "restore_ext": select_anchors}
     peers = {
-        "torch.compile": compiled_form(plain_torch),
+        "torch.compile": compiled_form(plain.select_anchors),
         "released code": half(released_anchors, mode="official"),
     }
     gpu = Gpu([Case(k=s["N"] // 9, **s) for s in SIZES], [Case(k=5, **s) for s in TINY], peers)

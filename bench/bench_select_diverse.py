@@ -1,12 +1,9 @@
 """select_diverse against the usual formulation: all N x N distances, then a loop over the picks."""
 
-import torch
-from torch import Tensor
-from torch.nn.functional import normalize
-
 from bench.gpu.tokens import SIZES, TINY, half, released_diverse, square, token_cost
 from bench.harness import Gpu, main
 from restore_ext import select_diverse
+from restore_ext.bench import plain
 from restore_ext.testing.tokens import TokenCase, check_select_diverse
 
 
@@ -15,24 +12,10 @@ class Case(TokenCase):
         return {"x": self.x(device, dtype), "k": self.k}
 
 
-def plain_torch(x: Tensor, k: int) -> Tensor:
-    unit = normalize(x.float(), dim=-1)
-    distance = 1 - unit @ unit.mT
-    rows, apart = torch.arange(len(x), device=x.device), torch.eye(x.shape[1], device=x.device)
-    pick = (distance + 9 * apart).amin(1).argmax(1)
-    picks, reach = [pick], distance[rows, pick]
-    while len(picks) < k:
-        reach[rows, pick] = -1
-        pick = reach.argmax(1)
-        picks.append(pick)
-        reach = torch.minimum(reach, distance[rows, pick])
-    return torch.stack(picks, 1)
-
-
 CASES = [Case(), Case(C=4096), Case(B=4, N=196, k=32, C=768)]
 
 if __name__ == "__main__":
-    providers = {"plain torch": plain_torch, "restore_ext": select_diverse}
+    providers = {"plain torch": plain.select_diverse, "restore_ext": select_diverse}
     peers = {"released code": half(released_diverse)}
     budgets = [min(s["N"] // 9, 128) for s in SIZES]
     cases = [Case(k=k, **s) for k, s in zip(budgets, SIZES, strict=True)]

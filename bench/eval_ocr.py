@@ -1,9 +1,7 @@
 """Measures what every way of reducing tokens costs the reader of restore_ext.ocr in lines read.
 
-    python -m bench.eval_ocr            reads all lines in every way
-    python -m bench.eval_ocr --table    writes the tables into docs/ocr.md, from the answers kept
-
-The answers are kept in bench/results/ocr_eval.json, line by line: the edit distance of each.
+The answers are kept in bench/results/ocr_eval.json, line by line: the edit distance of each. The
+tables of docs/ocr.md are made of them by python -m bench.tables.
 """
 
 import argparse
@@ -17,13 +15,11 @@ import torch
 from tqdm import tqdm
 
 from bench.machine import commit, machine
-from bench.table import replaced
 from restore_ext.ocr.eval import Errors, characters, configurations, evaluate
 from restore_ext.ocr.reader import load_reader
 from restore_ext.ocr.table import markdown
 
 RESULTS = Path("bench/results/ocr_eval.json")
-PAGE = Path("docs/ocr.md")
 DIGITS = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -32,12 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--lines", type=int, default=512)
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--table", action="store_true", help="write the table, read nothing")
-    parser.add_argument("--page", type=Path, default=PAGE)
     a = parser.parse_args(argv)
-    if a.table:
-        write_table(a.results, a.page)
-        return
     reader, began = load_reader(), commit()
     chosen, start = configurations(), time.process_time()
     wrong: Errors = {}
@@ -75,8 +66,8 @@ def unpack(text: str) -> list[int]:
     return [DIGITS.index(digit) for digit in text]
 
 
-def write_table(results: Path, page: Path) -> None:
-    """Puts the tables between the markers of `page`, with what they were made with."""
+def tables(results: Path = RESULTS) -> str:
+    """The tables of the answers kept, with what they were made with."""
     content = json.loads(results.read_text())
     wrong = {name: unpack(text) for name, text in content["errors"].items()}
     lacking = [c.name for c in configurations() if c.name not in wrong]
@@ -84,12 +75,11 @@ def write_table(results: Path, page: Path) -> None:
         raise ValueError(f"{results} must have every configuration, lacks {lacking}")
     facts = content["made"]
     how = (
-        f"`{facts['command']}`, then `--table`: {facts['machine']}, torch {facts['torch']}, pillow "
-        f"{facts['pillow']}, commit {facts['commit']}, weights {facts['weights']}."
+        f"`{facts['command']}`, then `python -m bench.tables`: {facts['machine']}, torch "
+        f"{facts['torch']}, pillow {facts['pillow']}, commit {facts['commit']}, weights "
+        f"{facts['weights']}."
     )
-    text = f"{markdown(wrong, unpack(content['characters']))}\n\n{how}"
-    page.write_text(replaced(page.read_text(), "ocr-table", text))
-    print(f"{results} -> {page}")
+    return f"{markdown(wrong, unpack(content['characters']))}\n\n{how}"
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Measures what every way of reducing tokens costs the built-in model in accuracy.
 
-    python -m bench.eval_pocket            asks all questions; goes on where it was interrupted
-    python -m bench.eval_pocket --table    writes the table into README.md, from the answers kept
+    python -m bench.eval_pocket    asks all questions; goes on where it was interrupted
+    python -m bench.tables         writes the tables into README.md, from the answers kept
 
 The answers are kept in bench/results/pocket_eval.json, question by question, so that more questions
 or configurations only add to them. Answers of other weights are not mixed: they are asked anew.
@@ -23,7 +23,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from bench.harness import machine
+from bench.machine import ROOT, machine
 from restore_ext.cli.load import quiet
 from restore_ext.pocket import load_pocket
 from restore_ext.pocket.eval import Batch, Configuration, Right, add, answer, configurations, plan
@@ -32,10 +32,8 @@ from restore_ext.pocket.table import markdown
 
 Row = dict[str, Any]
 ENOUGH = 2000  # questions, for a table that is shown
-RESULTS = Path("bench/results/pocket_eval.json")
-README = Path("README.md")
+RESULTS = ROOT / "bench/results/pocket_eval.json"
 worker: Callable[[Batch], Right]  # of this process, see start_worker
-BEGIN, END = "<!-- pocket-table:begin -->", "<!-- pocket-table:end -->"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -48,12 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--backend", choices=["op", "mask"], default="op")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--fresh", action="store_true", help="forget the answers kept")
-    parser.add_argument("--table", action="store_true", help="write the table, ask nothing")
-    parser.add_argument("--readme", type=Path, default=README)
     a = parser.parse_args(argv)
-    if a.table:
-        write_table(a.results, a.readme)
-        return
     chosen = [c for c in configurations() if a.only in c.name]
     rows = {} if a.fresh else kept(a.results)
     right = {name: unpack(row["right"], row["questions"]) for name, row in rows.items()}
@@ -159,26 +152,22 @@ def unpack(text: str, questions: int) -> list[bool]:
     return [bit == "1" for bit in bits]
 
 
-def write_table(results: Path, readme: Path) -> None:
-    """Puts the tables between the markers of `readme`, with what they were made with."""
+def tables(results: Path = RESULTS) -> str:
+    """The tables of the answers kept, with what they were made with."""
     facts, rows = json.loads(results.read_text())["made"], kept(results)
+    rows = {n: row for n, row in rows.items() if row["questions"] >= ENOUGH}
+    if not rows:
+        raise ValueError(f"{results} must have {ENOUGH} answers of some configuration, has none")
     right = {n: unpack(row["right"], row["questions"]) for n, row in rows.items()}
-    lacking = [c.name for c in configurations() if len(right.get(c.name, [])) < ENOUGH]
-    if lacking:
-        raise ValueError(f"{results} must have {ENOUGH} answers everywhere, lacks {lacking}")
+    lacking = dict.fromkeys(c.name.split("/")[0] for c in configurations() if c.name not in rows)
+    asked = f" Not asked yet, or not all: {', '.join(lacking)}." if lacking else ""
     commits = ", ".join(dict.fromkeys(c for row in rows.values() for c in row["commits"]))
     how = (
-        f"`{facts['command']}`, then `--table`: {facts['machine']}, torch {facts['torch']}, "
-        f"transformers {facts['transformers']}, commit {commits}, weights "
+        f"`{facts['command']}`, then `python -m bench.tables`: {facts['machine']}, torch "
+        f"{facts['torch']}, transformers {facts['transformers']}, commit {commits}, weights "
         f"{facts['weights']}."
     )
-    text = readme.read_text()
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"{readme} must have {BEGIN} and {END} once each")
-    head, rest = text.split(BEGIN)
-    tail = rest.split(END)[1]
-    readme.write_text(f"{head}{BEGIN}\n{markdown(right)}\n\n{how}\n{END}{tail}")
-    print(f"{results} -> {readme}")
+    return f"{markdown(right)}\n\n{how}{asked}"
 
 
 if __name__ == "__main__":

@@ -1,26 +1,14 @@
 """What a number was measured on and with: the machine, its driver, the commit, the sources."""
 
 import hashlib
-import os
-import platform
-import subprocess
 from functools import cache
 from pathlib import Path
 
-import torch
+from restore_ext.bench.facts import ROOT, commit, first_line, machine
 
-ROOT = Path(__file__).resolve().parent.parent
+__all__ = ["commit", "machine"]
 SOURCES = ("csrc", "restore_ext", "bench", "python_tests", "tools", "setup.py")
 KINDS = (".cpp", ".h", ".cu", ".cuh", ".py", ".sh", ".so")
-
-
-def machine(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    facts = Path("/proc/cpuinfo")
-    lines = facts.read_text().splitlines() if facts.exists() else []
-    models = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    return next(models, platform.machine())
 
 
 def file_name(device: str) -> str:
@@ -40,13 +28,6 @@ def clocks() -> str:
 
 
 @cache
-def commit() -> str:
-    """RESTORE_EXT_COMMIT says it where the sources were copied to a machine without their .git."""
-    said = os.environ.get("RESTORE_EXT_COMMIT")
-    return said or first_line("git", "describe", "--always", "--dirty") or "unknown"
-
-
-@cache
 def source() -> str:
     """A digest of all that a result depends on, the library too: a commit may be dirty."""
     files = [ROOT / name for name in SOURCES if (ROOT / name).is_file()]
@@ -61,17 +42,6 @@ def digest(files: list[Path]) -> str:
         total.update(f"{file.relative_to(ROOT)}\n".encode())
         total.update(file.read_bytes())
     return total.hexdigest()[:12]
-
-
-def first_line(*command: str) -> str:
-    """What a program says first; empty if it is not there or fails."""
-    try:
-        run = subprocess.run(
-            command, capture_output=True, text=True, check=True, cwd=ROOT, timeout=60
-        )
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return run.stdout.strip().partition("\n")[0]
 
 
 def kernels() -> dict[str, str]:

@@ -1,7 +1,6 @@
 """Searches schedules for the built-in model, and asks held-out questions of what is found.
 
-    python -m bench.search_pocket            searches, then asks; goes on where it was interrupted
-    python -m bench.search_pocket --table    writes the table into docs/search.md
+Goes on where it was interrupted. python -m bench.tables makes the table of docs/search.md of it.
 
 Each schedule found stands against the simplest ones that take as many multiply-adds: one number of
 tokens in all layers behind the first, rated as in the search or evenly spaced, and one in all
@@ -31,9 +30,7 @@ from restore_ext.search import find_schedule, first_token, flops, log_likelihood
 from restore_ext.search.examples import pocket_examples
 
 RESULTS = Path("bench/results/search_pocket.json")
-PAGE = Path("docs/search.md")
 JOURNALS = Path("build/search_pocket")  # what a run that is stopped leaves to the next
-BEGIN, END = "<!-- search-table:begin -->", "<!-- search-table:end -->"
 ENOUGH = 1000  # questions, for a table that is shown
 TOKENS, TEXT = 576, 14  # of a prompt; the questions' mean length, to compare schedules by
 BATCH = 16
@@ -62,12 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", default="", help="searches whose name has this in it")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--journals", type=Path, default=JOURNALS)
-    parser.add_argument("--table", action="store_true", help="write the table, ask nothing")
-    parser.add_argument("--page", type=Path, default=PAGE)
     a = parser.parse_args(argv)
-    if a.table:
-        write_table(a.results, a.page)
-        return
     quiet()
     model, processor = load_pocket()
     facts, commit = made(a), code()  # now: what runs is what was read when this began
@@ -203,9 +195,10 @@ def markdown(content: dict[str, Any]) -> str:
             lines.append(_line(other, rows[other], accuracy(right[other]), signed))
     lines += [
         "",
-        f"`{facts['command']}`, then `--table`: searched on {facts['search questions']} other "
-        f"questions; {facts['machine']}, torch {facts['torch']}, transformers "
-        f"{facts['transformers']}, commit {facts['commit']}, weights {facts['weights']}.",
+        f"`{facts['command']}`, then `python -m bench.tables`: searched on "
+        f"{facts['search questions']} other questions; {facts['machine']}, torch {facts['torch']}, "
+        f"transformers {facts['transformers']}, commit {facts['commit']}, weights "
+        f"{facts['weights']}.",
     ]
     return "\n".join(lines)
 
@@ -218,18 +211,13 @@ def _line(name: str, row: dict[str, Any], estimate: Any, gain: str) -> str:
     )
 
 
-def write_table(results: Path, page: Path) -> None:
-    """Puts the table between the markers of `page`."""
+def tables(results: Path = RESULTS) -> str:
+    """The table of the answers kept."""
     content = json.loads(results.read_text())
     lacking = [r["name"] for r in content["rows"] if r["questions"] < ENOUGH]
     if lacking:
         raise ValueError(f"{results} must have {ENOUGH} answers everywhere, lacks {lacking}")
-    text = page.read_text()
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"{page} must have {BEGIN} and {END} once each")
-    head, rest = text.split(BEGIN)
-    page.write_text(f"{head}{BEGIN}\n{markdown(content)}\n{END}{rest.split(END)[1]}")
-    print(f"{results} -> {page}")
+    return markdown(content)
 
 
 if __name__ == "__main__":

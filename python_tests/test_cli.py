@@ -137,7 +137,7 @@ def test_what_is_shown_of_the_first_picture_is_what_the_last_layer_has(method, g
         outcome = Task(model, processor, inputs, 1, 1).answer(method, handle)
         last, image = handle.last.stages[-1].plan, handle.last.images[0]
     shown = outcome.reduction
-    left = outcome.visual_tokens_at_last
+    left = outcome.tokens.last_layer
     sizes = last.size[last.is_visual]
     assert shown.size.shape == (1, left) and len(sizes) == left
     assert shown.size[0].sort().values.equal(sizes.sort().values)

@@ -54,7 +54,7 @@ def test_fences_are_all_seen():
         ("```sh\nrestore-ext demo --method best\n```\n", "failed"),
         ("```sh gpu\nnsys profile python -m restore_ext demo --devise cuda\n```\n", SystemExit),
         ("```sh\nmake nothing\n```\n", subprocess.CalledProcessError),
-        ("```sh\npython -m tools.methods_page --what\n```\n", "ended with 2"),
+        ("```sh\npython -m bench.tables --what\n```\n", "ended with 2"),
     ],
 )
 def test_a_block_that_is_wrong_fails(text, said, capsys):

@@ -52,7 +52,7 @@ def test_answers_are_those_that_were_measured(answers, kept, name):
     changed = flips(now, was)
     assert changed <= FLIPS[name], (
         f"{name}: {changed} of {len(now)} answers changed, right {sum(was)} -> {sum(now)}. If that "
-        "is meant, measure anew: python -m bench.eval_pocket --fresh, then --table"
+        "is meant, measure anew: python -m bench.eval_pocket --fresh, then bench.tables"
     )
 
 

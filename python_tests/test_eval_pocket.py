@@ -185,8 +185,8 @@ def test_the_tables_say_what_the_answers_say():
     assert "ablation" not in markdown({"full": made_up("full")})
 
 
-def test_the_command_keeps_answers_and_writes_the_readme(tmp_path, capsys):
-    results, readme = tmp_path / "r" / "answers.json", tmp_path / "README.md"
+def test_the_command_keeps_answers_and_they_make_the_tables(tmp_path, capsys):
+    results = tmp_path / "r" / "answers.json"
     ask = ["--results", str(results), "--only", "vispruner/64/p", "--batch", "2", "--workers", "1"]
     eval_pocket.main([*ask, "--questions", "2"])
     first = json.loads(results.read_text())["rows"]
@@ -196,24 +196,19 @@ def test_the_command_keeps_answers_and_writes_the_readme(tmp_path, capsys):
     for name, row in first.items():
         assert eval_pocket.unpack(rows[name]["right"], 4)[:2] == eval_pocket.unpack(row["right"], 2)
     assert all(len(row["commits"]) == 1 and row["options"] for row in rows.values())
-    readme.write_text(f"before\n{eval_pocket.BEGIN}\nold\n{eval_pocket.END}\nafter\n")
-    table = ["--table", "--results", str(results), "--readme", str(readme)]
-    with pytest.raises(ValueError, match="must have 2000 answers everywhere, lacks"):
-        eval_pocket.main(table)
+    with pytest.raises(ValueError, match="must have 2000 answers of some configuration"):
+        eval_pocket.tables(results)
     facts = json.loads(results.read_text())["made"]
     full = {
         c.name: eval_pocket.row(c, made_up(c.name) * 40, "abc1234", None) for c in configurations()
     }
     eval_pocket.save(results, facts, full)
-    eval_pocket.main(table)
-    text = readme.read_text()
-    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    text = eval_pocket.tables(results)
     assert "| 64 | vispruner |" in text and "torch" in text and "commit abc1234" in text
-    eval_pocket.main(table)
-    assert readme.read_text() == text
-    readme.write_text("no markers")
-    with pytest.raises(ValueError, match="once each"):
-        eval_pocket.main(table)
+    assert "Not asked yet" not in text
+    few = {name: row for name, row in full.items() if not name.startswith("holov/64/")}
+    eval_pocket.save(results, facts, few)
+    assert eval_pocket.tables(results).endswith("Not asked yet, or not all: holov.")
 
 
 def test_answers_of_other_weights_or_options_are_not_mixed_in(tmp_path, capsys):

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import harness, machine, rows, table
-from bench.gpu import attention, build, collect, proof
+from bench import harness, machine, rows
+from bench.gpu import attention, build, collect, proof, table
 from bench.gpu.stages import OPERATORS, STAGES, Context, Stage, lacking
 from bench.harness import Gpu
 from bench.provider import OURS, Missing, Peer
@@ -286,12 +286,6 @@ def test_kernels_are_found_in_what_a_profiler_says():
         assert table.launches([event], "some_kernel")
     for event in ("void at::some_kernel<float>()", "restore_ext::awesome_kernel<float>()"):
         assert not table.launches([event], "some_kernel")
-
-
-def test_the_pages_say_what_the_results_say(capsys):
-    with pytest.raises(SystemExit) as stop:
-        table.main(["--check"])
-    assert stop.value.code == 0, capsys.readouterr().out + "run python -m bench.table"
 
 
 def test_which_machine_code_runs_where():

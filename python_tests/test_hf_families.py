@@ -296,7 +296,6 @@ def test_any_other_class_is_refused_with_the_list_of_those_that_are_not(name):
 
 def test_the_page_of_the_families_is_what_the_adapters_say():
     page = Path(__file__).parent.parent / "docs" / "families.md"
-    command = "python -m restore_ext.hf.families > docs/families.md"
-    assert page.read_text() == catalogue.page() + "\n", f"run: {command}"
+    assert page.read_text() == catalogue.page() + "\n", "run: python -m bench.tables"
     for family in FAMILIES:
         assert f"| `{family.name}` | `{family.model_class}` | {family.models} |" in page.read_text()

@@ -1,4 +1,4 @@
-"""The table of methods: complete, and the page what the methods say."""
+"""The table of methods: complete, and what the methods say of themselves."""
 
 import re
 
@@ -19,25 +19,6 @@ from restore_ext.methods import (
 from restore_ext.methods.catalogue import as_markdown
 from restore_ext.stages import STAGE_METHODS, Request
 from restore_ext.testing.models import tiny_model
-from tools import methods_page
-
-
-def test_the_page_is_what_the_methods_say():
-    methods_page.main(["--check"])
-
-
-def test_a_page_that_is_not_is_found_and_written(monkeypatch, tmp_path):
-    page = tmp_path / "methods.md"
-    page.write_text("above\n<!-- methods:begin -->\nold\n<!-- methods:end -->\nbelow\n")
-    monkeypatch.setattr(methods_page, "PAGE", page)
-    with pytest.raises(SystemExit, match=r"python -m tools\.methods_page"):
-        methods_page.main(["--check"])
-    assert "old" in page.read_text()
-    methods_page.main([])
-    methods_page.main(["--check"])
-    text = page.read_text()
-    assert text.startswith("above\n") and text.endswith("below\n") and "old" not in text
-    assert all(f"| `{name}` |" in text for name in list_methods())
 
 
 def test_the_list_is_what_attach_takes():

@@ -241,20 +241,17 @@ def test_the_numbers_are_those_of_the_lines():
 
 
 def test_the_table_is_made_of_the_answers_kept(tmp_path):
-    results, page = tmp_path / "r" / "ocr.json", tmp_path / "ocr.md"
+    results = tmp_path / "r" / "ocr.json"
     facts = dict.fromkeys(("command", "weights", "machine", "torch", "pillow", "commit"), "said")
     wrong = {c.name: [0, 40, 2] for c in configurations()}
     eval_ocr.save(results, facts, [10, 20, 30], wrong)
-    page.write_text("before\n<!-- ocr-table:begin -->\nold\n<!-- ocr-table:end -->\nafter\n")
-    eval_ocr.main(["--table", "--results", str(results), "--page", str(page)])
-    text = page.read_text()
-    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    text = eval_ocr.tables(results)
     assert "| 80 | tome | 0.333 | 0.333 | +0.000 ± 0.000 | 0.7000 | 0.7000 |" in text
     content = json.loads(results.read_text())
     del content["errors"]["tome/80/plain"]
     results.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"lacks \['tome/80/plain'\]"):
-        eval_ocr.main(["--table", "--results", str(results), "--page", str(page)])
+        eval_ocr.tables(results)
 
 
 def test_the_command_says_what_to_install(monkeypatch, capsys):

@@ -7,7 +7,6 @@ import threading
 from pathlib import Path
 
 import pytest
-import torch
 
 from restore_ext import _C, profiling
 
@@ -157,23 +156,24 @@ def test_a_range_ends_with_its_block_and_hides_no_error():
         profiling.range(3).__enter__()
 
 
-def test_a_clock_sums_the_outermost_ranges_of_its_own_thread(monkeypatch):
+def test_a_stopwatch_counts_the_outermost_range_of_its_own_thread():
     now = iter(range(100))
-    monkeypatch.setattr(profiling.time, "perf_counter", lambda: next(now))
-    clock = profiling.clock(torch.device("cpu"))
-    with clock:
-        with profiling.range("plan"), profiling.range("score"):
-            assert clock.seconds() == 0, "it is not over yet"
-        other = threading.Thread(target=lambda: profiling.range("plan").__enter__())
+    watch = profiling.stopwatch(clock=lambda: next(now))
+    with watch:
+        with profiling.range("plan_all"), profiling.range("score_some"):  # from 0 to 1
+            assert watch.total() == 0, "it is not over yet"
+        other = threading.Thread(target=profiling.range("plan_all")(lambda: None))
         other.start()
         other.join()
         assert next(now) == 2, "the clock was looked at for the outer range alone"
-        with pytest.raises(KeyError), profiling.range("plan"):
+        with pytest.raises(KeyError), profiling.range("merge_none"):
             raise KeyError
-        assert clock.seconds() == 2
-        clock.stop()
-        with profiling.range("plan"):
+        with profiling.range("plan_all"):
             pass
-    with profiling.range("plan"):
+        assert watch.seconds() == {"plan_all": 2, "merge_none": 1} and watch.total() == 3
+        watch.stop()
+        with profiling.range("plan_all"):
+            pass
+    with profiling.range("plan_all"):
         pass
-    assert clock.seconds() == 2 and next(now) == 5
+    assert watch.total() == 3 and next(now) == 7

@@ -230,15 +230,12 @@ def test_the_table_is_made_of_the_answers_kept(tmp_path, monkeypatch):
         "commit": "k", "weights": "w",
     }  # fmt: skip
     content = {"made": made, "rivals": {"found": ["rival"]}, "rows": rows}
-    results, page = tmp_path / "r.json", tmp_path / "p.md"
+    results = tmp_path / "r.json"
     search_pocket.save(results, content)
-    page.write_text(f"a\n{search_pocket.BEGIN}\nold\n{search_pocket.END}\nb\n")
     with pytest.raises(ValueError, match="must have 1000 answers everywhere, lacks"):
-        search_pocket.write_table(results, page)
+        search_pocket.tables(results)
     monkeypatch.setattr(search_pocket, "ENOUGH", 8)
-    search_pocket.write_table(results, page)
-    text = page.read_text()
-    assert text.startswith("a\n<!--") and text.endswith("-->\nb\n") and "old" not in text
+    text = search_pocket.tables(results)
     share = flops(config, [576, 288, 144, 0], 14) / flops(config, [576] * 4, 14)
     assert f"| **found** | 576, 288, 144, 0 | {share:.3f} | 0.750 ± 0.321 |  |" in text
     assert "| rival | 288, 288, 288, 288 |" in text and "| +0.250 ± 0.490 |" in text

@@ -272,7 +272,9 @@ def test_a_cut_reads_nothing_back_and_brings_nothing_along(method):
         torch.empty(2, 40, dtype=torch.bool, device=meta),
     )
     hidden = torch.empty(2, 40, 16, device=meta)
-    planned = plan_stages([stages(method, **CUTS[method])] * 3, first, rows, lengths, meta)
+    spared = [False, False, True]
+    asked = [stages(method, **CUTS[method])] * 3
+    planned = plan_stages(asked, first, spared, rows, lengths, meta)
     assert planned and all(isinstance(one, PlannedStage) for one in planned)
     with OneDevice(), NoNumbers():
         for one in planned:

@@ -96,6 +96,14 @@ def require_int(name: str, value: Any) -> int:
     return operator.index(value)
 
 
+def require_not_negative(name: str, value: Any) -> int:
+    """A whole number >= 0; a bool is not one."""
+    number = require_int(name, value)
+    if number < 0:
+        raise ValueError(f"{name} must be an int >= 0, got {number}")
+    return number
+
+
 def require_share(name: str, value: Any, *, above_zero: bool = False) -> float:
     """A number in [0, 1], or in (0, 1]; a bool is not one."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):

@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 
 from bench.provider import Given, Peer, compiled, need, need_gpu
-from restore_ext import reference
+from restore_ext.bench.plain import by_sdpa, mask_of
 from restore_ext.testing.attention import truth
 
-BIAS = ("log_size", "query_position", "key_position", "decay", "causal", "key_range")
 # Relative error of the whole output: half precision also rounds masks and weights.
 TOLERANCE = {torch.float32: 2e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 ROWS = 128  # of the queries of a head, and two of the batch: what is compared with float64
@@ -74,29 +73,6 @@ def cost(given: Given) -> tuple[float, float]:
     seen = Lq * Lk - (Lq * (Lq - 1) / 2 if given["causal"] else 0)
     moved = 2 * query.numel() + 2 * key.numel()
     return 4.0 * B * H * D * seen, float(moved * query.element_size())
-
-
-def mask_of(given: Given) -> Tensor | None:
-    """The bias as SDPA takes it; its rows begin at addresses that its kernels like."""
-    if given["log_size"] is None and given["decay"] is None:
-        return None
-    query, Lk = given["query"], given["key"].shape[2]
-    shape = (len(query), query.shape[2], Lk)
-    bias = reference.attention_bias(*shape, **{n: given[n] for n in BIAS}, device=query.device)
-    return pad(bias.to(query.dtype), (0, -Lk % 8))[..., :Lk]
-
-
-def by_sdpa(given: Given, mask: Tensor | None) -> Tensor:
-    query, key, value = (given[name] for name in ("query", "key", "value"))
-    alone = mask is None and query.shape[2] > 1
-    shared = query.shape[1] != key.shape[1]  # some backends refuse the word alone
-    return scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=alone, enable_gqa=shared
-    )
-
-
-def sdpa_and_mask(**given: Any) -> Tensor:
-    return by_sdpa(given, mask_of(given))
 
 
 def sdpa_mask_kept(**given: Any) -> Callable[[], Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from bench.provider import Given, Peer, compiled, need
+from restore_ext.bench.plain import nearest, own, pairs
 
 # N tokens of C channels: LLaVA-1.5 before and after its projector, LLaVA-NeXT, a batch, a video.
 SIZES: list[dict[str, int]] = [
@@ -45,12 +46,6 @@ def unit(x: Tensor) -> Tensor:
     return x / x.norm(dim=-1, keepdim=True)
 
 
-def pairs(best: Tensor, partner: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
-    order = best.argsort(dim=-1, descending=True, stable=True)
-    src, left = order[:, :r], order[:, r:]
-    return 2 * left, 2 * src, 2 * partner.gather(1, src) + 1
-
-
 def released_match(metric: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
     x = unit(metric)
     return pairs(*(x[:, ::2] @ x[:, 1::2].mT).max(-1), r)
@@ -81,17 +76,6 @@ def flash_kmeans_assign(**given: Any) -> Callable[[], Tensor]:
     return lambda: own(library.cosine_assign_triton(x, chosen).long(), anchors)
 
 
-def nearest(x: Tensor, anchors: Tensor) -> Tensor:
-    return x @ x.gather(1, anchors[..., None].expand(-1, -1, x.shape[2])).mT
-
-
-def own(group: Tensor, anchors: Tensor) -> Tensor:
-    """An anchor belongs to itself."""
-    return group.scatter(
-        1, anchors, torch.arange(anchors.shape[1], device=group.device).expand_as(anchors)
-    )
-
-
 def released_scores(x: Tensor, mode: str = "official") -> Tensor:
     similarity = unit(x) @ unit(x).mT
     density = similarity.sum(-1)
@@ -112,33 +96,6 @@ def released_diverse(x: Tensor, k: int) -> Tensor:
         rows = torch.stack(picks, 1)[..., None].expand(-1, -1, x.shape[1])
         picks.append(distance.gather(1, rows).amin(1).argmax(1))
     return torch.stack(picks, 1)
-
-
-def merged_with(total: Callable[[Tensor, Tensor, int], Tensor]) -> Callable[..., Any]:
-    """merge_tokens in plain torch; total(rows [B, N, C], group [B, N], M) sums rows by group."""
-
-    def merge(
-        x: Tensor, group: Tensor, num_groups: int, size: Tensor, position: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        N, M = x.shape[1], num_groups
-        to = torch.where((group >= 0) & (group < M), group, M)  # group M collects what has none
-        sizes = total(size[..., None], to, M + 1)[..., 0]
-        merged = total(x.float() * size[..., None], to, M + 1)
-        merged = merged / torch.where(sizes > 0, sizes, 1)[..., None]
-
-        by_position = position.argsort(1)
-        by_group = by_position.gather(1, to.gather(1, by_position).argsort(dim=1, stable=True))
-        count = torch.zeros_like(sizes, dtype=torch.int64).scatter_add(1, to, torch.ones_like(to))
-        median = (count.cumsum(1) - count + (count - 1).clamp(min=0) // 2).clamp(max=N - 1)
-        at = position.gather(1, by_group.gather(1, median)).masked_fill(count == 0, -1)
-        return merged[:, :-1].to(x.dtype), sizes[:, :-1], at[:, :-1]
-
-    return merge
-
-
-def by_scatter_add(rows: Tensor, group: Tensor, count: int) -> Tensor:
-    total = rows.new_zeros(len(rows), count, rows.shape[2])
-    return total.scatter_add_(1, group[..., None].expand_as(rows), rows)
 
 
 def by_scatter_reduce(rows: Tensor, group: Tensor, count: int) -> Tensor:

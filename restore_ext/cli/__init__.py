@@ -32,7 +32,9 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns 0, 2 after a one-line error on stderr, or 130 if interrupted."""
-    arguments = command_parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    arguments = command_parser().parse_args(words)
+    arguments.words = words  # as they were typed
     command = arguments.command
     try:
         module, function = command.entry.split(":")

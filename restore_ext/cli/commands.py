@@ -11,6 +11,8 @@ from restore_ext.reduce import DEFAULT_METHOD
 METHODS = f"how tokens are picked (see restore-ext methods): {', '.join(list_methods())}"
 BACKENDS = ("op", "mask")
 DTYPES = ("float32", "bfloat16", "float16")
+CLOCKS = ("wall", "thread")
+RANDOM = "random"  # the name of a model that is none
 
 
 @dataclass(frozen=True)
@@ -107,13 +109,80 @@ def _serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shutdown-seconds", type=int, default=30, help=patience)
 
 
+def _bench(parser: argparse.ArgumentParser) -> None:
+    kinds = parser.add_subparsers(required=True, dest="kind", metavar="WHAT")
+    for name, about, add_options in (
+        ("model", "time to the first token, time a token, memory, at batch sizes", _bench_model),
+        ("methods", "what each reduction takes, beside the prefill it saves", _bench_methods),
+        ("ops", "the operators beside plain torch", _bench_ops),
+        ("guard", "the visual tokens from which on a reduction pays", _bench_guard),
+    ):
+        kind = kinds.add_parser(name, help=about, description=about)
+        add_options(kind)
+        kind.add_argument("--rounds", type=positive, default=7, help="in which all take a turn")
+        kind.add_argument("--threads", type=positive, help="CPU threads (default: torch's)")
+        about = "wall, or the thread's own time on one CPU thread, which neighbours do not disturb"
+        kind.add_argument("--clock", choices=CLOCKS, default="wall", help=about)
+        kind.add_argument("--output", metavar="DIR", help="write CSV, Markdown and a plot there")
+
+
+def _bench_model(parser: argparse.ArgumentParser) -> None:
+    _add_subject(parser)
+    parser.add_argument(
+        "--methods",
+        default=DEFAULT_METHOD,
+        help="joined by commas; random and downsample are there in any case",
+    )
+    parser.add_argument("--batch", type=positives, default=[1, 4], help="rows, joined by commas")
+    about = "requests at once, a thread each on the one model, joined by commas"
+    parser.add_argument("--concurrency", type=positives, default=[1], help=about)
+    about = "tokens to decode after the first"
+    parser.add_argument("--new-tokens", type=not_negative, default=16, help=about)
+
+
+def _bench_methods(parser: argparse.ArgumentParser) -> None:
+    _add_subject(parser)
+    parser.add_argument("--methods", default="all", help="joined by commas, or all")
+
+
+def _bench_ops(parser: argparse.ArgumentParser) -> None:
+    add_place(parser)
+
+
+def _bench_guard(parser: argparse.ArgumentParser) -> None:
+    add_place(parser)
+    parser.add_argument("--layers", type=positive, default=8, help="of the language model")
+    parser.add_argument("--hidden", type=positive, default=512, help="its width")
+    about = "of the square picture in tokens, joined by commas"
+    parser.add_argument("--sides", type=positives, default=[3, 4, 6, 8, 12, 16], help=about)
+    parser.add_argument("--keep-ratio", type=share, default=1 / 9, help="the share that stays")
+    parser.add_argument("--methods", default="uniform,divprune,vispruner", help="joined by commas")
+
+
+def _add_subject(parser: argparse.ArgumentParser) -> None:
+    """A model and one prompt for it."""
+    add_model(parser, "pocket", f", or {RANDOM}: a LLaVA of random weights")
+    about = f"of --model {RANDOM}: layers, width, and the side of its picture in tokens"
+    parser.add_argument("--shape", type=positives, default=[8, 512, 24], help=about)
+    parser.add_argument("--image", help="a picture; without it a scene is drawn")
+    about = "of that scene; the built-in model's own is 96"
+    parser.add_argument("--pixels", type=positive, default=672, help=about)
+    parser.add_argument("--prompt", help="what to ask of it")
+    about = "visual tokens to keep, of methods with a budget"
+    parser.add_argument("--keep", type=positive, default=DEFAULT_KEEP, help=about)
+    parser.add_argument(
+        "--backend", choices=BACKENDS, default="op", help="attention: our op, or torch"
+    )
+
+
 def _none(parser: argparse.ArgumentParser) -> None:
     """No options."""
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """Which checkpoint, where and in what dtype."""
-    parser.add_argument("--model", required=True, help="a hub id, a folder, or pocket")
+def add_model(parser: argparse.ArgumentParser, default: str | None = None, more: str = "") -> None:
+    """Which checkpoint, where and in what dtype; `more` names it can have."""
+    about = f"a hub id, a folder, or pocket{more}"
+    parser.add_argument("--model", required=default is None, default=default, help=about)
     add_place(parser)
 
 
@@ -133,6 +202,40 @@ def add_reduction(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend", choices=BACKENDS, default="op", help="attention: our op, or torch"
     )
+    about = "leave a prompt with fewer visual tokens than that as it is; 0: none"
+    parser.add_argument("--min-visual-tokens", type=not_negative, default=0, help=about)
+
+
+def not_negative(text: str) -> int:
+    """The int >= 0 that an option was given."""
+    return _at_least(0, text)
+
+
+def positive(text: str) -> int:
+    """The int >= 1 that an option was given."""
+    return _at_least(1, text)
+
+
+def positives(text: str) -> list[int]:
+    """The same, several joined by commas."""
+    return [positive(part) for part in text.split(",")]
+
+
+def share(text: str) -> float:
+    """The number in (0, 1] that an option was given."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"must be in (0, 1], got {text}")
+    return value
+
+
+def _at_least(least: int, text: str) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"must be an int of at least {least}, got {text}")
+    return int(text)
 
 
 COMMANDS = (
@@ -147,6 +250,7 @@ COMMANDS = (
         _diagnose,
     ),
     Command("serve", "an OpenAI-compatible server, reducing every request", "serve:serve", _serve),
+    Command("bench", "what reduction costs and saves on this machine", "bench:bench", _bench),
     Command("eval", "accuracy on held-out questions", "evaluate:evaluate", _eval),
     Command("search", "how many tokens each layer needs: a --schedule", "search:search", _search),
     Command(

@@ -37,6 +37,7 @@ def demo(arguments: argparse.Namespace) -> None:
                 restore=restore,
                 backend=arguments.backend,
                 schedule=arguments.schedule,
+                min_visual_tokens=arguments.min_visual_tokens,
             )
         except ValueError as error:
             raise UserError(one_line(error)) from error
@@ -79,6 +80,7 @@ def _note(outcome: Outcome) -> str:
     kept = int(outcome.reduction.kept.sum())
     merged = int(outcome.reduction.merged.sum())
     if not merged:
-        where = " inside the model" if outcome.visual_tokens_at_last < outcome.visual_tokens else ""
+        tokens = outcome.tokens
+        where = " inside the model" if tokens.last_layer < tokens.first_layer else ""
         return f"{kept} kept, the rest dropped{where}"
     return f"{kept} kept; {merged} merged: a colour each, a dot where it stands"

@@ -29,7 +29,7 @@ def load(name: str, device: str, dtype: str, option: str = "--model") -> tuple[A
     """
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-    target = _require_device(device)
+    target = require_device(device)
     folder = resolve(name)
     local = Path(folder).is_dir()
     if local and not (Path(folder) / "config.json").is_file():
@@ -88,7 +88,8 @@ def to_model(inputs: dict[str, Any], model: Any) -> dict[str, Any]:
     }
 
 
-def _require_device(name: str) -> torch.device:
+def require_device(name: str) -> torch.device:
+    """The device of that name, which must be there and have our operators."""
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from restore_ext.bench.generation import generate, kv_bytes, time_answer, visual_tokens
 from restore_ext.reduction import Reduction
 from restore_ext.stages.stage import as_groups
 
 if TYPE_CHECKING:
-    from restore_ext.hf.report import Report, StageReport
+    from restore_ext.hf.report import Report, StageReport, VisualTokens
 
 FORCED = 32  # tokens decoded against the clock, whatever they are
 
@@ -24,18 +25,11 @@ class Outcome:
 
     label: str
     answer: str
-    visual_tokens: int  # in the first layer
-    visual_tokens_at_last: int  # in the last: fewer where a method cuts in between
+    tokens: "VisualTokens"
     prefill_ms: float  # picture and prompt to the first token, vision tower included
     decode_ms: float  # per token, over FORCED tokens after the first
     kv_bytes: int  # keys and values of the prompt, all layers
     reduction: Reduction | None  # of the first picture, cuts included; None where it stays whole
-
-    @property
-    def tokens(self) -> str:
-        """How many visual tokens there were, in words of the table."""
-        first, last = self.visual_tokens, self.visual_tokens_at_last
-        return str(first) if first == last else f"{first} to {last}"
 
 
 @dataclass(frozen=True)
@@ -53,49 +47,27 @@ class Task:
 
         The answer itself is the warm-up of the timings.
         """
-        from restore_ext.hf.report import VisualTokens
-
         text = self._text()
-        kv_bytes = self._kv_bytes()
-        times = [self._clock() for _ in range(self.repeats)]
+        times = [
+            time_answer(self.model, self.inputs, FORCED, time.perf_counter)
+            for _ in range(self.repeats)
+        ]
         report = None if handle is None else handle.last
-        tokens = VisualTokens.count(
-            self.inputs["input_ids"], self.model.config.image_token_id, report
-        )
+        tokens = visual_tokens(self.model, self.inputs, report)
         return Outcome(
             label,
             text,
-            tokens.first_layer,
-            tokens.last_layer,
-            median(prefill for prefill, _ in times),
-            median(decode for _, decode in times),
-            kv_bytes,
-            _first_picture(report) if report and tokens.last_layer < tokens.prompt else None,
+            tokens,
+            1e3 * median(prefill for prefill, _ in times),
+            1e3 * median(decode for _, decode in times),
+            kv_bytes(self.model, self.inputs),
+            _first_picture(report) if report is not None else None,
         )
 
-    def _generate(self, new_tokens: int, **options: Any) -> Any:
-        with torch.no_grad():
-            return self.model.generate(
-                **self.inputs, do_sample=False, num_beams=1, max_new_tokens=new_tokens, **options
-            )
-
     def _text(self) -> str:
-        new = self._generate(self.max_new_tokens)[:, self.inputs["input_ids"].shape[1] :]
+        answer = generate(self.model, self.inputs, self.max_new_tokens)
+        new = answer[:, self.inputs["input_ids"].shape[1] :]
         return self.processor.batch_decode(new, skip_special_tokens=True)[0].strip()
-
-    def _kv_bytes(self) -> int:
-        """Counted in the cache itself, which after one new token holds the prompt and no more."""
-        cache = self._generate(1, return_dict_in_generate=True).past_key_values
-        tensors = (t for layer in cache.layers for t in (layer.keys, layer.values))
-        return sum(t.numel() * t.element_size() for t in tensors)
-
-    def _clock(self) -> tuple[float, float]:
-        """Prefill and decode milliseconds of one generation of 1 + FORCED tokens."""
-        watch = _Watch()
-        start = time.perf_counter()
-        self._generate(1 + FORCED, min_new_tokens=1 + FORCED, streamer=watch)
-        first, last = watch.times[1], watch.times[1 + FORCED]  # times[0] is the prompt's
-        return 1e3 * (first - start), 1e3 * (last - first) / FORCED
 
 
 def _first_picture(report: "Report") -> Reduction:
@@ -117,19 +89,6 @@ def _of_first_picture(stage: "StageReport") -> Reduction:
     return Reduction.of_groups(nothing, group, left, ones, alone)
 
 
-class _Watch:
-    """A streamer that notes when it is handed the prompt and then each token, on the host."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, tokens: torch.Tensor) -> None:
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        """Nothing is left to be flushed."""
-
-
 def table(outcomes: Sequence[Outcome]) -> str:
     """The outcomes as aligned text, one line each under a heading."""
     rows = [("", "answer", "visual tokens", "prefill ms", "decode ms/token", "KV bytes")]
@@ -137,7 +96,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
         answer = " ".join(o.answer.split())
         answer = answer if len(answer) <= 40 else answer[:37] + "..."
         numbers = (f"{o.prefill_ms:.1f}", f"{o.decode_ms:.2f}", f"{o.kv_bytes:,}")
-        rows.append((o.label, answer, o.tokens, *numbers))
+        rows.append((o.label, answer, str(o.tokens), *numbers))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for row in rows:

@@ -41,6 +41,7 @@ def _reduced(task: Task, arguments: argparse.Namespace, keep: int | None, restor
             restore=restore,
             backend=arguments.backend,
             schedule=arguments.schedule,
+            min_visual_tokens=arguments.min_visual_tokens,
         )
     except (ValueError, TypeError, NotImplementedError) as error:
         raise UserError(f"--model: {arguments.model}: {one_line(error)}") from error

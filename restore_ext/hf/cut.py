@@ -102,8 +102,8 @@ def cut_sequence(
     is_image, valid [B, S] bool; positions [..., B or 1, S]
     refuse  called before any reduction is made: raises where a shorter sequence cannot be had
     """
-    B, S = is_image.shape
-    past_image = torch.where(is_image, torch.arange(1, S + 1, device=is_image.device), 0).amax(1)
+    (B, S), device = is_image.shape, is_image.device
+    past_image = torch.where(is_image, torch.arange(1, S + 1, device=device), 0).amax(1)
     per_row = [is_image.sum(1), valid.sum(1), past_image, positions.amax().expand(B)]
     counts = torch.stack(per_row).tolist()  # the one wait for the device
     rows = images_of_rows(counts[0], [len(image) for image in features])
@@ -113,10 +113,12 @@ def cut_sequence(
     )
     if reductions is None:
         return None
-    gone = [r.group.shape[1] - r.position.shape[1] for r in reductions]
+    before = [reduction.group.shape[1] for reduction in reductions]
+    left = [reduction.position.shape[1] for reduction in reductions]
+    gone = [n - m for n, m in zip(before, left, strict=True)]
     dropped = [sum(gone[image] for image in images) for images in rows]
     lengths = [n - d for n, d in zip(counts[1], dropped, strict=True)]
-    left = [reduction.position.shape[1] for reduction in reductions]
+    row_of = [row for row, images in enumerate(rows) for _ in images]
     with_image = [past for past, images in zip(counts[2], rows, strict=True) if images]
     stages = stages_of_images(features, seen, rows, settings, encoded_once)
     tokens = torch.cat([reduction.tokens[0] for reduction in reductions])
@@ -126,7 +128,7 @@ def cut_sequence(
         reductions,
         tokens,
         is_image,
-        plan_stages(stages, left, rows, lengths, is_image.device),
+        plan_stages(stages, left, settings.spared(before, row_of), rows, lengths, device),
         reach=int(counts[3][0]) + 1,
         past_image=past_image,
         behind=S - max(counts[2]),

@@ -13,7 +13,12 @@ from restore_ext.hf.families import Family, find_family
 from restore_ext.hf.hooks import Hooks
 from restore_ext.hf.patches import Patches
 from restore_ext.hf.report import Report
-from restore_ext.hf.settings import DEFAULT_LAYER0, Settings, make_settings
+from restore_ext.hf.settings import (
+    DEFAULT_LAYER0,
+    DEFAULT_MIN_VISUAL_TOKENS,
+    Settings,
+    make_settings,
+)
 from restore_ext.reduce import DEFAULT_ANCHOR_MODE, DEFAULT_METHOD, DEFAULT_RETAIN
 
 _HANDLE = "_restore_ext_handle"
@@ -27,7 +32,7 @@ class Handle:
     enabled  False: every new prompt takes the stock path. A conversation whose prompt was reduced
              goes on with what is in its cache.
     last     a Report of the last prompt that was reduced; None before the first, and after a prompt
-             whose images were all within their budgets
+             whose images were all within their budgets, or too few
     """
 
     def __init__(
@@ -120,6 +125,7 @@ def attach(
     retain: float = DEFAULT_RETAIN,
     anchor_mode: str = DEFAULT_ANCHOR_MODE,
     seed: int = 0,
+    min_visual_tokens: int = DEFAULT_MIN_VISUAL_TOKENS,
     schedule: Mapping[str, Any] | str | Path | None = None,
     enabled: bool = True,
 ) -> Handle:
@@ -160,6 +166,10 @@ def attach(
                 serve the model (its dtype or head size, a GPU without kernels) "op" becomes "mask",
                 with a warning that says why
     retain, anchor_mode, seed  see reduce_tokens
+    min_visual_tokens  a prompt (a row) with fewer visual tokens than that, in all its images
+                together, is left as it is, wherever the method acts: on few tokens a reduction
+                takes longer than it saves (docs/bench.md measures where). For `downsample` and
+                `tome_vit`, whose tower sees no prompts: a picture with fewer. 0: none is
     enabled     see Handle
 
     returns     a Handle, also usable in a `with` statement
@@ -188,6 +198,7 @@ def attach(
         "retain": retain,
         "anchor_mode": anchor_mode,
         "seed": seed,
+        "min_visual_tokens": min_visual_tokens,
         "schedule": schedule,
     }
     settings = _settings(family, given)

@@ -90,7 +90,8 @@ def reduce_images(
     encoded_once: bool,
     refuse: Callable[[], None],
 ) -> list[Reduction] | None:
-    """The reduction of every image of the batch (B = 1 each); None if every budget is met already.
+    """The reduction of every image of the batch (B = 1 each); None if every budget is met already,
+    or the images are too few to be worth it.
 
     features      [N, C] of each image in the rows; the beams of a row repeat its images
     seen          of the `seen.images` that were encoded
@@ -100,8 +101,11 @@ def reduce_images(
     number, first, asked = _encoded(features, seen, rows, settings, encoded_once)
     tokens, budgets = asked[0], settings.budgets(*asked)
     left = [min(budget, n) for budget, n in zip(budgets, tokens, strict=True)]
-    stages = zip(settings.stages_for(*asked), tokens, strict=True)
-    if left == tokens and all(stage.counts(n, n)[0] == n for own, n in stages for stage in own):
+    spared = settings.spared(tokens, asked[2])
+    stages = zip(settings.stages_for(*asked), tokens, spared, strict=True)
+    if left == tokens and all(
+        whole or stage.counts(n, n)[0] == n for own, n, whole in stages for stage in own
+    ):
         return None
     refuse()
     if seen.reduced is not None and seen.reduced[0] is settings:

@@ -19,7 +19,12 @@ from restore_ext.hf.families import Family, find_family
 from restore_ext.hf.patches import Patches
 from restore_ext.hf.prompt import PREPARED, Prompt
 from restore_ext.hf.report import Report
-from restore_ext.hf.settings import DEFAULT_LAYER0, Settings, make_settings
+from restore_ext.hf.settings import (
+    DEFAULT_LAYER0,
+    DEFAULT_MIN_VISUAL_TOKENS,
+    Settings,
+    make_settings,
+)
 from restore_ext.hf.view import View
 from restore_ext.hf.vision import Seen, recording
 from restore_ext.reduce import DEFAULT_ANCHOR_MODE, DEFAULT_METHOD, DEFAULT_RETAIN
@@ -107,6 +112,7 @@ def prepare_inputs(
     retain: float = DEFAULT_RETAIN,
     anchor_mode: str = DEFAULT_ANCHOR_MODE,
     seed: int = 0,
+    min_visual_tokens: int = DEFAULT_MIN_VISUAL_TOKENS,
     **images: Tensor,
 ) -> PreparedInputs:
     """Reduces the visual tokens of prompts once, before generate(), and leaves the cache alone.
@@ -153,6 +159,7 @@ def prepare_inputs(
         retain=retain,
         anchor_mode=anchor_mode,
         seed=seed,
+        min_visual_tokens=min_visual_tokens,
     )
     known = inspect.signature(model.forward).parameters
     for name in images:

@@ -73,3 +73,8 @@ class VisualTokens:
         saved = sum(image.tokens_before - image.tokens_after for image in report.images)
         cut = sum(sum(stage.tokens_before) - sum(stage.tokens_after) for stage in report.stages)
         return VisualTokens(prompt, prompt - saved, prompt - saved - cut)
+
+    def __str__(self) -> str:
+        """What decoder layers have, in words of a table."""
+        first, last = self.first_layer, self.last_layer
+        return str(first) if first == last else f"{first} to {last}"

@@ -1,5 +1,6 @@
 """What a caller asked for, checked and completed before any work is done."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +21,7 @@ LAYER0 = ("uniform", "size")
 DEFAULT_LAYER0 = "size"
 BACKENDS = ("op", "mask")
 BUDGETS = ("per_image", "shared")
+DEFAULT_MIN_VISUAL_TOKENS = 0  # none: docs/bench.md has the measurement that says so
 WHOLE = Method()  # what does nothing to an image on its way into the language model
 
 
@@ -45,6 +47,7 @@ class Settings:
     stages: tuple[Stage, ...] = ()  # what it does there
     # Where keep is one per image, or a total: the stages of an image that keeps so many.
     stages_of: Callable[[int], tuple[Stage, ...]] | None = None
+    min_visual_tokens: int = DEFAULT_MIN_VISUAL_TOKENS
 
     @property
     def chosen(self) -> Method:
@@ -71,7 +74,26 @@ class Settings:
         owner   which of the numbers in `keep` counts for each image, if there are several
         rows    the row of each image, rising
         """
-        return list(tokens) if self.method is None else self._split(tokens, owner, rows)
+        if self.method is None:
+            return list(tokens)
+        spared, budgets = self.spared(tokens, rows), self._split(tokens, owner, rows)
+        return [
+            n if whole else budget for n, whole, budget in zip(tokens, spared, budgets, strict=True)
+        ]
+
+    def spared(self, tokens: Sequence[int], rows: Sequence[int]) -> list[bool]:
+        """Which images stay whole from the first layer to the last: those of a prompt that has too
+        few visual tokens to begin with. A tower sees no prompts: there it is a picture of too few.
+
+        tokens, rows  as for budgets(), of all images of the prompts
+        """
+        of_input = list(tokens)
+        if self.chosen.place == PROJECTED:
+            total: Counter[int] = Counter()
+            for n, row in zip(tokens, rows, strict=True):
+                total[row] += n
+            of_input = [total[row] for row in rows]
+        return [n < self.min_visual_tokens for n in of_input]
 
     def stages_for(
         self, tokens: Sequence[int], owner: Sequence[int], rows: Sequence[int]
@@ -135,6 +157,7 @@ def make_settings(
     retain: Any,
     anchor_mode: Any,
     seed: Any,
+    min_visual_tokens: Any,
     schedule: Any = None,
     depth: int | None = None,
 ) -> Settings:
@@ -216,6 +239,7 @@ def make_settings(
         None if asked is None else asked["method"],
         stages,
         stages_of,
+        checks.require_not_negative("min_visual_tokens", min_visual_tokens),
     )
 
 

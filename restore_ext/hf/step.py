@@ -27,12 +27,14 @@ class PlannedStage:
     most: tuple[int, ...]
     length: int  # of the longest row, afterwards
     after: list[int]
-    numbers: Tensor  # [1 + counts, I] int64: before, then Stage.counts
+    numbers: Tensor  # [2 + counts, I] int64: before, whether the image is spared, Stage.counts
+    spares: bool  # whether any is
 
 
 def plan_stages(
     stages: Sequence[Sequence[Stage]],
     first: Sequence[int],
+    spared: Sequence[bool],
     rows: Sequence[Sequence[int]],
     lengths: Sequence[int],
     device: torch.device,
@@ -40,22 +42,26 @@ def plan_stages(
     """The cuts that drop anything of these images.
 
     stages   of each image; they differ in their counts alone
-    first    tokens of each image at the first layer; rows: the images of each row
+    first    tokens of each image at the first layer; spared: whether it keeps them to the last
+    rows     the images of each row
     lengths  tokens of each row at the first layer
     """
     planned: list[PlannedStage] = []
     now, left = list(first), list(lengths)
     for cut in zip(*stages, strict=True):
-        counts = [stage.counts(n, m) for stage, n, m in zip(cut, first, now, strict=True)]
+        counts = [
+            (m, *stage.counts(n, m)[1:]) if whole else stage.counts(n, m)
+            for stage, n, m, whole in zip(cut, first, now, spared, strict=True)
+        ]
         after = [count[0] for count in counts]
         if after == now:
             continue
         gone = [m - a for m, a in zip(now, after, strict=True)]
         left = [n - sum(gone[i] for i in images) for n, images in zip(left, rows, strict=True)]
         columns = list(zip(*counts, strict=True))
-        numbers = torch.tensor([now, *map(list, columns)], device=device)
+        numbers = torch.tensor([now, list(spared), *map(list, columns)], device=device)
         most = tuple(map(max, columns))
-        planned.append(PlannedStage(cut[0], now, most, max(left), after, numbers))
+        planned.append(PlannedStage(cut[0], now, most, max(left), after, numbers, any(spared)))
         now = after
     return planned
 
@@ -110,11 +116,15 @@ def make_step(planned: PlannedStage, view: View, hidden: Tensor, scores: Tensor 
         scores=torch.zeros_like(weight) if scores is None else _at(scores.to(device), slots),
         valid=slots < valid.numel(),
         size=weight,
-        counts=tuple(numbers[1:]),
+        counts=tuple(numbers[2:]),
         most=planned.most,
         hidden=images,
     )
-    group = torch.where(candidates.valid, planned.stage.select(candidates), -1)
+    group = planned.stage.select(candidates)
+    if planned.spares:
+        alone = torch.arange(group.shape[1], device=device).expand_as(group)
+        group = torch.where(numbers[1, :, None] > 0, alone, group)
+    group = torch.where(candidates.valid, group, -1)
     reduction = _reduction(group, planned.most[0], weight)
     left = _shortening(reduction, slots, is_visual, valid, size, planned.length)
     return Step(

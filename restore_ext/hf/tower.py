@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+from restore_ext import profiling
 from restore_ext.hf.images import for_operators, one_image
 from restore_ext.hf.patches import Patches
 from restore_ext.hf.settings import Settings
@@ -23,6 +24,7 @@ def watch_smaller_pictures(
     """Makes pictures smaller on their way into `tower`, a ViT that interpolates its positions."""
     side: int = tower.config.patch_size
 
+    @profiling.range("merge_pixels")
     def shrink(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if (record := recorded(settings)) is None:
             return None
@@ -51,6 +53,7 @@ def watch_fewer_tokens(patches: Patches, projector: nn.Module, settings: Setting
     """Hands every token that `projector` returns on for all that record.joined says it stands for,
     and records what that makes of the pictures."""
 
+    @profiling.range("merge_patches")
     def expand(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         record = recorded(settings)
         if record is None or record.joined is None:

@@ -45,7 +45,7 @@ class Merging:
         """How many tokens the block's output has."""
         return (self.size if self.joined is None else self.joined).shape[1]
 
-    @profiling.range("merge_block")
+    @profiling.range("merge_patches")
     def begin(self, r: int, hidden: Tensor) -> Tensor:
         """Decides on r pairs of hidden [B, T, C], and merges it."""
         assert self.keys is not None
@@ -55,13 +55,14 @@ class Merging:
         self.group = self.joined.gather(1, self.group)
         return merged
 
+    @profiling.range("merge_patches")
     def spread(self, merged: Tensor) -> Tensor:
         """What merged tokens [B, T, C] have, for each of those that were merged."""
         if self.joined is None:
             return merged
         return merged.gather(1, self.joined[..., None].expand(-1, -1, merged.shape[2]))
 
-    @profiling.range("merge_block")
+    @profiling.range("merge_patches")
     def finish(self, hidden: Tensor) -> Tensor:
         """Merges hidden [B, T before, C] as begin() did. The class token may be gone from it."""
         if self.joined is None:

@@ -169,7 +169,7 @@ def watched(
         _require_all_heads(module, query)
         scaling = kwargs.get("scaling")
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        with torch.no_grad(), profiling.range("score_attention"):
+        with torch.no_grad(), profiling.range("score_patches"):
             scores = module.config.state(query.float(), key.float(), scale, attention_mask)
             record.attention.append(scores)
             if record.settings.chosen.metric == KEYS:

@@ -242,15 +242,15 @@ class Engine:
         if work.seed is not None:
             torch.manual_seed(work.seed)
         inputs = work.inputs.to(self.model.device, self.model.dtype)
-        clock = profiling.clock(self.model.device)
+        watch = profiling.stopwatch(self.model.device)
 
         def note() -> None:
-            clock.stop()  # what follows is decoding
+            watch.stop()  # what follows is decoding
             metrics.first_token_seconds.observe(time.perf_counter() - answer.arrived)
 
         answer.on_first = note
         try:
-            with clock:
+            with watch:
                 self.model.generate(**inputs, generation_config=work.config, streamer=answer)
         finally:
             image_token = self.model.config.image_token_id
@@ -260,7 +260,7 @@ class Engine:
             metrics.generated_tokens.inc(answer.total_tokens)
             metrics.count_visual(tokens)
             if tokens.last_layer < tokens.prompt:
-                answer.reduction_seconds = clock.seconds()
+                answer.reduction_seconds = watch.total()
                 metrics.reduction_seconds.observe(answer.reduction_seconds)
 
     def _switch(self, settings: Settings | None) -> None:

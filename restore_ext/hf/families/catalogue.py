@@ -6,7 +6,7 @@ from restore_ext.hf.families import FAMILIES, REFUSED
 
 _PAGE = """# Model families
 
-Written from the adapters by `python -m restore_ext.hf.families > docs/families.md`;
+Written from the adapters by `python -m bench.tables`;
 `restore_ext.list_families()` has the names. A model is known by its class in transformers (4.57.6
 or later).
 

@@ -1,54 +1,18 @@
-"""Writes what bench/results knows of GPUs into README.md and docs/gpu_proof.md.
+"""Tables of what GPUs have run: the README's numbers, and the proof, kernel by kernel."""
 
-python -m bench.table [--check]      --check writes nothing, and fails where it would
-"""
-
-import argparse
 import re
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from bench import machine
-from bench.gpu.collect import Proof, passed
+from bench.gpu.collect import Proof
 from bench.provider import OURS
 from bench.rows import read
 
-RESULTS = Path(__file__).parent / "results"
 Row = dict[str, str]
 # How a call is timed, the most telling first: for a short one without what launching it costs.
 WAYS = (("graph", "warm"), ("call", "cold"))
 STAGES = ("tests", "sanitizer", "bench")
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.table", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--check", action="store_true")
-    a = parser.parse_args(argv)
-    stale = []
-    for name, mark, text in (
-        ("README.md", "bench", numbers(RESULTS)),
-        ("docs/gpu_proof.md", "proof", proof_table(passed(RESULTS))),
-    ):
-        path = machine.ROOT / name
-        before = path.read_text()
-        after = replaced(before, mark, text)
-        if after != before:
-            stale.append(name)
-            if not a.check:
-                path.write_text(after)
-    for name in stale:
-        print(f"{name} {'is not what bench/results says' if a.check else 'written'}")
-    sys.exit(1 if stale and a.check else 0)
-
-
-def replaced(page: str, mark: str, text: str) -> str:
-    begin, end = f"<!-- {mark}:begin -->", f"<!-- {mark}:end -->"
-    if page.count(begin) != 1 or page.count(end) != 1:
-        raise ValueError(f"the page must have {begin} and {end} once each")
-    head, rest = page.split(begin)
-    return f"{head}{begin}\n{text}\n{end}{rest.split(end)[1]}"
 
 
 def numbers(results: Path) -> str:
@@ -157,7 +121,3 @@ def launched_names(text: str) -> list[str]:
         part = re.sub(r"__\w+__\s*\((?:[^()]|\([^()]*\))*\)", " ", part)  # launch bounds
         names += re.findall(r"(\w+)\s*\(", part)[:1]
     return names
-
-
-if __name__ == "__main__":
-    main()
