@@ -98,16 +98,20 @@ def by_backend(backend: SDPBackend, biased: bool) -> Peer:
 
 
 def flex(**given: Any) -> Callable[[], Tensor]:
-    """FlexAttention with the same bias as its score_mod; `backend` may name a kernel of it."""
-    return _flex(given, {})
+    """FlexAttention with the same bias as its score_mod."""
+    return flex_by(compiled(flex_attention, given["query"].device), given)
 
 
 def flex_flash(**given: Any) -> Callable[[], Tensor]:
     need("flash_attn.cute", given["query"])
-    return _flex(given, {"BACKEND": "FLASH"})
+    call = compiled(flex_attention, given["query"].device)
+    return flex_by(call, given, {"BACKEND": "FLASH"})
 
 
-def _flex(given: Given, options: dict[str, Any]) -> Callable[[], Tensor]:
+def flex_by(
+    call: Callable[..., Tensor], given: Given, options: dict[str, Any] | None = None
+) -> Callable[[], Tensor]:
+    """The same by a flex_attention that was compiled, or not; options name a kernel of it."""
     query, key, value = (given[name] for name in ("query", "key", "value"))
     device, B, Lq, Lk = query.device, len(query), query.shape[2], key.shape[2]
     sizes, table = given["log_size"], given["decay"]
@@ -128,9 +132,8 @@ def _flex(given: Given, options: dict[str, Any]) -> Callable[[], Tensor]:
         return i + (Lk - Lq) >= j
 
     block_mask = create_block_mask(seen, None, None, Lq, Lk, device=str(device))
-    call = compiled(flex_attention, device)
     said = {"score_mod": score, "block_mask": block_mask, "enable_gqa": True}
-    if options:
+    if options is not None:
         said["kernel_options"] = options
     return partial(call, query, key, value, **said)
 
