@@ -273,6 +273,9 @@ def test_the_commands_print_and_write(tmp_path, capsys, monkeypatch):
     assert main([*given, "--methods", "uniform", "--rounds", "1", *out]) == 0
     assert "uniform + RESTORE: faster " in capsys.readouterr().out
     assert [row["before"] for row in read_csv(tmp_path / "guard.csv")] == ["9", "9", "16", "16"]
+    given = ["bench", "guard", "--layers", "1", "--hidden", "64", "--sides", "3"]
+    assert main([*given, "--methods", "downsample", "--rounds", "1"]) == 0
+    assert "downsample plain: " in capsys.readouterr().out, "RESTORE has nothing to add to it"
     before = torch.get_num_threads()
     given = ["bench", "methods", *RANDOM, "--methods", "uniform,schedule"]
     assert main([*given, "--threads", "1", "--clock", "thread"]) == 0
@@ -288,10 +291,11 @@ MISTAKES = {
         ["--clock", "thread", "--threads", "1", "--concurrency", "1,2"],
         "and no concurrency",
     ),
-    "method": (["--methods", "best"], "--method must be one of random, uniform"),
+    "method": (["--methods", "best"], "--methods must be among random, uniform"),
     "batch": (["--batch", "1,0"], "argument --batch: must be an int of at least 1, got 0"),
     "new tokens": (["--new-tokens", "-1"], "must be an int of at least 0, got -1"),
     "shape": (["--model", "random", "--shape", "2,64"], "--shape must be LAYERS,WIDTH,SIDE"),
+    "width": (["--model", "random", "--shape", "2,448,4"], "--shape: the widths 448 of the"),
     "device": (["--model", "random", "--device", "teapot"], "--device: teapot cannot be used"),
     "word": (["--prompt", "is it a cat ?"], "does not know 'it', 'cat'"),
     "image": (["--image", "no.png"], "--image: there is no file no.png"),

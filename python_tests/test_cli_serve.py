@@ -49,6 +49,8 @@ def test_a_real_process_serves_and_ends_by_sigint():
         (["--max-image-pixels", "1000000000"], "--max-image-pixels must be at most 89478485"),
         (["--port", "65536"], "--port must be in 0..65535, got 65536"),
         (["--shutdown-seconds", "-1"], "--shutdown-seconds must be at least 0, got -1"),
+        (["--schedule", "nowhere.json"], "--schedule: "),
+        (["--device", "meta"], "--device: meta cannot be used: it holds no numbers"),
         (["--device", "abacus"], "--device: abacus cannot be used"),
     ],
 )

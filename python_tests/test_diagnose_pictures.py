@@ -216,6 +216,16 @@ def test_scenes_are_averaged(tmp_path, capsys, monkeypatch):
     assert re.search(r"RESTORE +64 +0\.\d{3} ± 0\.\d{3} ", out)
 
 
+def test_a_schedule_and_the_guard_are_what_attach_is_given(tmp_path, capsys):
+    schedule = tmp_path / "found.json"
+    schedule.write_text('{"layers": [576, 300, 40, 40]}')
+    given = ["--model", "pocket", "--output", str(tmp_path / "out")]
+    assert main(["diagnose", *given, "--schedule", str(schedule)]) == 0
+    assert cells(capsys.readouterr().out)["RESTORE"][0] == "576 to 40"
+    assert main(["diagnose", *given, "--keep", "64", "--min-visual-tokens", "577"]) == 0
+    assert cells(capsys.readouterr().out)["RESTORE"][0] == "576"
+
+
 def wrong(tmp_path):
     picture = str(tmp_path / "ok.png")
     held_out(0).image.save(picture)
@@ -232,6 +242,7 @@ def wrong(tmp_path):
         "keep": (["--keep", "0"], "--keep must be at least 1, got 0"),
         "budget": (["--method", "vtw", "--keep", "3"], "--keep must not be given with"),
         "method": (["--method", "best"], "--method must be one of"),
+        "schedule": (["--schedule", str(tmp_path / "none.json")], "--schedule: "),
         "word": (["--prompt", "what is a zebra ?"], "does not know 'zebra'"),
         "word of scenes": (["--prompt", "zebra ?", "--scenes", "2"], "does not know 'zebra'"),
         "folder": (["--output", str(file)], f"--output: {file} cannot be made a folder"),
@@ -241,7 +252,7 @@ def wrong(tmp_path):
 
 MISTAKES = (
     *("no image", "no prompt", "scenes of an image", "no scenes", "seed", "words", "keep"),
-    *("budget", "method", "word", "word of scenes", "folder", "model"),
+    *("budget", "method", "schedule", "word", "word of scenes", "folder", "model"),
 )
 
 

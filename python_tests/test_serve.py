@@ -25,6 +25,9 @@ from serving import (
 
 import restore_ext
 from restore_ext.pocket import encode, load_pocket
+from restore_ext.serve.engine import Engine
+from restore_ext.serve.metrics import Metrics
+from restore_ext.serve.request import Override
 
 PROMPT, VISUAL = 592, 576  # tokens of scene 2: "where is the circle ?" and the system's words
 
@@ -80,6 +83,27 @@ def test_a_streamed_answer_is_the_same_piece_by_piece(client):
     for usage in (got, wanted):
         usage["restore_ext"].pop("reduction_ms")
     assert got == wanted
+
+
+def test_a_schedule_is_the_servers_own_and_no_part_of_what_a_request_names():
+    model, processor = load_pocket()
+    given = {"schedule": {"layers": [576, 576, 64, 64]}, "min_visual_tokens": 100}
+    handle = restore_ext.attach(model, **given)
+    engine = Engine(model, processor, handle, Metrics())
+    own = engine.choose(Override())
+    assert [stage.layer for stage in own.settings.stages] == [2]
+    assert own.as_json() == {"method": "schedule", "keep": None, "restore": True}
+    plain = engine.choose(Override(restore=False))
+    assert [stage.layer for stage in plain.settings.stages] == [2] and not plain.restore
+    for override, method, keep, restore in (
+        (Override(method="divprune"), "divprune", 64, True),
+        (Override(keep=9), "vispruner", 9, True),
+        (Override(method="vtw"), "vtw", None, False),  # RESTORE has nothing to add
+    ):
+        choice = engine.choose(override)
+        assert choice.as_json() == {"method": method, "keep": keep, "restore": restore}
+        assert choice.settings.min_visual_tokens == 100
+        assert bool(choice.settings.stages) == (method == "vtw")
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,8 @@ _RUNNING: ContextVar["stopwatch | None"] = ContextVar("restore_ext_stopwatch", d
 class range(ContextDecorator):
     """`with profiling.range("plan"):` the time in between is one range. Or before a function.
 
-    The verb before the first underscore is its category: score, match, select, merge, attend, plan.
+    The verb before the first underscore is its category: score, match, select, merge,
+    attend, plan, cut.
     Without a profiler and a stopwatch it costs two empty calls and two looks at a variable.
     """
 

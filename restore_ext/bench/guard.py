@@ -13,6 +13,7 @@ from restore_ext.bench.random_llava import Shape, build, prompt
 from restore_ext.bench.rounds import Reading
 from restore_ext.bench.table import Column, Row
 from restore_ext.bench.ways import ALL_TOKENS, ways_of
+from restore_ext.methods import find_card
 
 COLUMNS = (
     prefill.COLUMNS[0],
@@ -41,7 +42,7 @@ def measure_guard(
         model, inputs = build(shape, device, dtype), prompt(shape, 1, device, dtype)
         keep = max(1, round(share * side**2))
         ways = ways_of(methods, keep, model, inputs)
-        ways = [way for way in ways if way.method is None or way.restore]
+        ways = [w for w in ways if w.method is None or w.restore == find_card(w.method).restores]
         found = prefill.measure_prefills(model, inputs, ways, rounds, clock, done)
         rows += [{"before": str(side**2)} | row for row in found]
     return rows

@@ -30,6 +30,12 @@ class Shape:
         """In about LLaVA-1.5's proportions: heads of 64, a tower of half the width and depth, but
         of five blocks at least, for tome_vit halves the tokens once in each."""
         tower = max(5, layers // 2), max(64, hidden // 2)
+        for width in (hidden, tower[1]):
+            if width % (width // 64 or 1):
+                raise ValueError(
+                    f"the widths {hidden} of the language model and {tower[1]} of the tower must "
+                    f"divide into heads of about 64, got {width} for {width // 64} heads"
+                )
         return Shape(layers, hidden, max(1, hidden // 64), hidden * 11 // 4, side, *tower)
 
     def __str__(self) -> str:

@@ -7,10 +7,10 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from restore_ext.cli.commands import COMMANDS
-from restore_ext.cli.errors import UserError
+from restore_ext.cli.errors import UserError, one_line
 
 INSTALL = 'pip install "transformers>=4.57.6,<6" accelerate pillow tqdm matplotlib'
-INSTALL_OF = {"optuna": "pip install optuna"}
+INSTALL_OF = {"optuna": 'pip install "optuna>=5,<6" tqdm', "jinja2": "pip install jinja2"}
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -24,7 +24,7 @@ class Parser(argparse.ArgumentParser):
     """An argparse that says what is wrong in one line, and its defaults in the help."""
 
     def __init__(self, **settings: Any) -> None:
-        super().__init__(formatter_class=Help, **settings)
+        super().__init__(formatter_class=Help, allow_abbrev=False, **settings)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (--help shows the options)\n")
@@ -49,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if package == "restore_ext":
             raise
         said = f"{command.name} needs {package}: {INSTALL_OF.get(package, INSTALL)}"
+    except ImportError as error:  # one that is too old, or lacks what it needs itself
+        said = f"{command.name}: {one_line(error)}"
     print(f"restore-ext: error: {said}", file=sys.stderr)
     return 2
 

@@ -18,7 +18,7 @@ from restore_ext.bench.rounds import clock_of
 from restore_ext.bench.table import Column, Row, bars, markdown, said_of, text, write_csv
 from restore_ext.bench.ways import ways_of
 from restore_ext.cli.commands import RANDOM
-from restore_ext.cli.errors import UserError, check_reduction, one_line, open_image
+from restore_ext.cli.errors import UserError, one_line, open_image
 from restore_ext.cli.load import encode_prompt, load, quiet, require_device
 from restore_ext.methods import list_methods
 from restore_ext.pocket import held_out, is_pocket
@@ -72,8 +72,21 @@ def _check(arguments: argparse.Namespace) -> None:
         except OSError as error:
             raise UserError(f"--output: {arguments.output}: {one_line(error)}") from error
     for method in _asked(arguments):
-        if method != "schedule":
-            check_reduction(method, None, 1)
+        if method not in list_methods():
+            raise UserError(f"--methods must be among {', '.join(list_methods())}, got {method}")
+    if arguments.kind == "guard":
+        _check_width("--hidden", arguments.hidden)
+    elif getattr(arguments, "model", None) == RANDOM:
+        if len(arguments.shape) != 3:
+            raise UserError(f"--shape must be LAYERS,WIDTH,SIDE, got {arguments.shape}")
+        _check_width("--shape", arguments.shape[1])
+
+
+def _check_width(option: str, width: int) -> None:
+    try:
+        Shape.of(1, width, 1)
+    except ValueError as error:
+        raise UserError(f"{option}: {one_line(error)}") from error
 
 
 def _asked(arguments: argparse.Namespace) -> list[str]:
@@ -173,8 +186,6 @@ def _guard(arguments: argparse.Namespace) -> tuple[str, list[Table], list[str]]:
 def _subject(arguments: argparse.Namespace) -> tuple[str, Any, dict[str, torch.Tensor]]:
     """The model's name, the model and a prompt for it."""
     if arguments.model == RANDOM:
-        if len(arguments.shape) != 3:
-            raise UserError(f"--shape must be LAYERS,WIDTH,SIDE, got {arguments.shape}")
         shape, dtype = Shape.of(*arguments.shape), getattr(torch, arguments.dtype)
         given = shape, arguments.device, dtype
         return str(shape), build(*given), random_prompt(shape, 1, arguments.device, dtype)

@@ -31,7 +31,7 @@ Asked = list[tuple[Image.Image, str]]
 
 def diagnose(arguments: argparse.Namespace) -> None:
     """Prints the table and writes numbers, plots and heat maps into the folder."""
-    keep = check_reduction(arguments.method, arguments.keep, repeats=1)
+    keep = check_reduction(arguments.method, arguments.keep, 1, arguments.schedule)
     pocket = is_pocket(arguments.model)
     asked = _asked(arguments, pocket)
     new_tokens = arguments.new_tokens
@@ -42,9 +42,13 @@ def diagnose(arguments: argparse.Namespace) -> None:
     folder = _folder(arguments.output)
     quiet()
     model, processor = load(arguments.model, arguments.device, arguments.dtype)
-    reduction = {"method": arguments.method, "backend": arguments.backend}
-    if keep is not None:
-        reduction["keep"] = keep
+    reduction = {
+        "method": arguments.method,
+        "keep": keep,
+        "schedule": arguments.schedule,
+        "min_visual_tokens": arguments.min_visual_tokens,
+        "backend": arguments.backend,
+    }
     batches = []
     for first in range(0, len(asked), BATCH):
         pictures, questions = zip(*asked[first : first + BATCH], strict=True)

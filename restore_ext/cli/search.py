@@ -70,7 +70,13 @@ def search(arguments: argparse.Namespace) -> None:
         raise UserError("stopped: the same command with --resume goes on") from stop
     except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
         raise UserError(one_line(error)) from error
-    found.save(a.output)
+    try:
+        found.save(a.output)
+    except OSError as error:
+        raise UserError(
+            f"--output: {a.output} cannot be written: {one_line(error)}; --resume with another one "
+            "measures nothing again"
+        ) from error
     _say(found, a.output)
 
 

@@ -1,11 +1,13 @@
 """`restore-ext serve`: an OpenAI-compatible server of any supported checkpoint."""
 
 import argparse
+import json
 import logging
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import restore_ext
@@ -22,7 +24,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 def serve(arguments: argparse.Namespace) -> None:
     """Serves until SIGINT or SIGTERM; then requests finish, and it returns."""
-    keep = check_reduction(arguments.method, arguments.keep, 1)
+    keep = check_reduction(arguments.method, arguments.keep, 1, arguments.schedule)
     try:
         serving.require()
     except ImportError as error:
@@ -42,6 +44,9 @@ def serve(arguments: argparse.Namespace) -> None:
         pixels=arguments.max_image_pixels,
         remote=arguments.allow_remote_images,
     )
+    schedule = arguments.schedule
+    if schedule is not None:  # read once, and not with every request
+        schedule = json.loads(Path(schedule).read_text())
     quiet()
     disable_created_metrics()  # a second number for every one, which nothing here needs
     name = arguments.model
@@ -55,6 +60,8 @@ def serve(arguments: argparse.Namespace) -> None:
             keep=keep,
             restore=not arguments.no_restore,
             backend=arguments.backend,
+            schedule=schedule,
+            min_visual_tokens=arguments.min_visual_tokens,
         )
     except (ValueError, TypeError, NotImplementedError) as error:
         raise UserError(f"MODEL: {name}: {one_line(error)}") from error

@@ -14,9 +14,11 @@ try:
     import transformers
     from packaging.version import Version  # comes with transformers
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-except ImportError as error:
-    raise ImportError(
-        f"attach and prepare_inputs need transformers >= 4.57.6: {INSTALL}"
+except ModuleNotFoundError as error:
+    if error.name != "transformers":
+        raise
+    raise ModuleNotFoundError(
+        f"attach and prepare_inputs need transformers >= 4.57.6: {INSTALL}", name=error.name
     ) from error
 
 VERSION = Version(transformers.__version__).release

@@ -15,7 +15,7 @@ from jinja2 import TemplateError
 from transformers.cli.serving.utils import BaseHandler, DirectStreamer, Modality
 
 from restore_ext import profiling
-from restore_ext.cli.errors import DEFAULT_KEEP
+from restore_ext.cli.errors import DEFAULT_KEEP, name_of
 from restore_ext.hf.handle import Handle
 from restore_ext.hf.report import VisualTokens
 from restore_ext.hf.settings import Settings
@@ -130,7 +130,8 @@ class Engine:
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
     def choose(self, override: Override) -> Choice:
-        """The server's own reduction, as a request changes it.
+        """The server's own reduction, as a request changes it. One that names a method or a budget
+        has that alone, without the server's schedule.
 
         raises  RequestError: an unknown method, or one that takes no budget and got one
         """
@@ -149,13 +150,17 @@ class Engine:
                     f"keep must be left out with method {method}, which takes no budget, got "
                     f"{override.keep}"
                 )
-            keep = override.keep or default["keep"] or DEFAULT_KEEP
+            restore = default["restore"] if override.restore is None else override.restore
+            own = override.method is None and override.keep is None
+            schedule = default["schedule"] if own else None
+            keep = override.keep or default["keep"] or (None if schedule else DEFAULT_KEEP)
             settings = self.handle.variant(
-                method=method,
-                keep=keep if budget else None,
-                restore=default["restore"] if override.restore is None else override.restore,
+                method=method, keep=keep if budget else None, restore=restore, schedule=schedule
             )
-            return Choice(method, keep if budget else None, settings.restore, settings)
+            restores = settings.restore and (schedule is not None or find_card(method).restores)
+            return Choice(
+                name_of(method, keep, schedule), keep if budget else None, restores, settings
+            )
         except (TypeError, ValueError, NotImplementedError) as error:
             raise _wrong(str(error)) from error
 
