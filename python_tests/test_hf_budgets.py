@@ -189,6 +189,17 @@ def test_as_many_budgets_inside_as_images():
     assert handle.last.layers[-1].visual == [64, 5]
 
 
+@pytest.mark.parametrize("method", ["vispruner", "fastv"])
+@pytest.mark.parametrize("keep", [[5], [5, 6], [5, 6, 7, 8]])
+def test_a_budget_for_some_of_the_images_is_refused(method, keep):
+    model, inputs = tiny_model("llava"), make_inputs("llava", THREE)
+    with (
+        restore_ext.attach(model, method=method, keep=keep),
+        pytest.raises(ValueError, match=f"keep must be .* 3 images, got {len(keep)}"),
+    ):
+        forward(model, inputs)
+
+
 @each_family
 def test_an_option_of_the_method_comes_through(family):
     inputs = make_inputs(family, TWO_IMAGES)

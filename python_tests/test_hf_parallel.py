@@ -44,6 +44,18 @@ def says(model, family: str, name: str, backend: str) -> dict:
     }
 
 
+def diagnosed(model, family: str) -> dict[str, dict[str, torch.Tensor]]:
+    """What diagnose() measures of attention, with all tokens and with fewer."""
+    found = restore_ext.diagnose(
+        model, make_inputs(family, RAGGED), method="fastv", keep=5, new_tokens=1
+    )
+    runs = {"full": found.full, **found.ways}
+    said = {f"{name} share": run.share for name, run in runs.items()}
+    for name, run in runs.items():
+        said[f"{name} attention"] = {kind: torch.cat(x, 1) for kind, x in run.attention.items()}
+    return said | {f"{name} distance": found.distance(name) for name in found.ways}
+
+
 def prepared(model, family: str) -> torch.Tensor:
     inputs = restore_ext.prepare_inputs(model, **make_inputs(family, RAGGED), keep_ratio=0.3)
     with inputs:
@@ -79,6 +91,7 @@ def work(rank: int, port: int, folder: str) -> None:
         said[family, "stock"] = out.logits
         said[family, "heads"] = out.past_key_values.layers[0].keys.shape[1]
         said |= {case: says(model, *case) for case in CASES if case[0] == family}
+        said[family, "diagnosed"] = diagnosed(model, family)
         if VERSION >= (5, 3):
             said[family, "prepared"] = prepared(model, family)
     torch.save(said, f"{folder}/{rank}.pt")
@@ -132,6 +145,19 @@ def test_the_heads_were_divided(both, family):
         assert_close(rank[family, "stock"], forward(model, make_inputs(family, RAGGED)))
         if VERSION >= (5, 3):
             assert_close(rank[family, "prepared"], prepared(model, family))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_diagnosis_is_of_all_heads_and_the_same_on_every_rank(both, family):
+    want = diagnosed(tiny_model(family), family)
+    assert {"full share", "original distance", "restore distance"} <= want.keys()
+    for rank in both:
+        got = rank[family, "diagnosed"]
+        assert got.keys() == want.keys()
+        for what, by_kind in want.items():
+            for kind, values in by_kind.items():
+                assert_close(got[what][kind], values)
+                assert torch.equal(got[what][kind], both[0][family, "diagnosed"][what][kind])
 
 
 def test_a_mean_over_uneven_shares_of_heads(both):

@@ -236,6 +236,7 @@ def test_scores_are_one_number_a_row(model):
         ({"budget": 0.5, "examples": [(3, 4)]}, TypeError, "a dict of model inputs first, got int"),
         ({"budget": 0.5, "examples": [({}, 4)]}, ValueError, "must have input_ids and pixel_va"),
         ({"budget": 0.5, "options": {"keep": 9}}, ValueError, r"to the search, got \['keep'\]"),
+        ({"budget": 0.5, "options": {"min_visual_tokens": 9}}, ValueError, r"got \['min_visual"),
         ({"budget": 0.5, "options": {"layer0": "x"}}, ValueError, "layer0 must be one of"),
         ({"budget": 0.5, "storage": "no/where/t"}, ValueError, "must be a file in a folder"),
     ],
@@ -266,7 +267,7 @@ def test_without_optuna_it_says_what_to_install(model, examples, monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
     for name in ("trials", "proposals"):
         monkeypatch.delitem(sys.modules, f"restore_ext.search.{name}")
-    with pytest.raises(ModuleNotFoundError, match="needs optuna: pip install optuna tqdm"):
+    with pytest.raises(ModuleNotFoundError, match=r'optuna: pip install "optuna>=5,<6" tqdm$'):
         find_schedule(model, examples, budget=0.5)
 
 

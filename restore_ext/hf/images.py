@@ -164,7 +164,7 @@ def _keep_of_image(
 ) -> list[int]:
     given = len(settings.keep) if isinstance(settings.keep, tuple) else images
     copies, rest = divmod(images, given)
-    if copies == 1 or (not encoded_once and rest == 0 and len(rows) % copies == 0):
+    if rest == 0 and (copies == 1 or (not encoded_once and len(rows) % copies == 0)):
         return originals(rows, copies)
     raise ValueError(f"keep must be one int or one per image, {images} images, got {given}")
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 ALGORITHMS = ("psigmoid", "gsearch")
 DEFAULT_TRIALS = 40
-INSTALL = "pip install optuna tqdm"
+INSTALL = 'pip install "optuna>=5,<6" tqdm'
 
 
 def find_schedule(

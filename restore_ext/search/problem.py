@@ -18,7 +18,10 @@ from restore_ext.search.score import Inputs, Score
 from restore_ext.stages.stage import SCORES
 
 TIMED = 4  # examples that a latency is the median of
-NOT_OPTIONS = {"method", "options", "keep", "keep_ratio", "budget", "schedule", "enabled"}
+NOT_OPTIONS = {
+    *("method", "options", "keep", "keep_ratio", "budget", "schedule", "enabled"),
+    "min_visual_tokens",  # what it spares, a schedule's FLOPs would not say
+}
 
 
 class Problem:

@@ -38,6 +38,7 @@ class Probe:
         self._report = report
         self._assigned: tuple[int, Tensor] | None = None
         self._ranges: dict[int, tuple[Tensor | None, Tensor]] = {}
+        self._heads = family.heads
         self.share: dict[str, list[Tensor]] = {name: [] for name in QUERIES}  # [B] float64 a layer
         self.spread: dict[str, list[Tensor]] = {name: [] for name in MAPPED}  # [B, S] float32
         self.tokens: list[Tensor] = []  # [B] int64, visual ones in each layer
@@ -97,7 +98,8 @@ class Probe:
         for name, rows in kinds.items():
             count = rows.sum(1, keepdim=True)
             weight = (rows / count.clamp(min=1)).float().to(query.device)
-            scores = Asked(T, 0, weight).scores(query, key, arguments, kwargs, self._backend).cpu()
+            scores = Asked(T, 0, weight).scores(query, key, arguments, kwargs, self._backend)
+            scores = self._heads.mean(scores, query.shape[1]).cpu()
             share = scores.double().where(kinds["visual"], 0).sum(1)
             self.share[name].append(share.where(count[:, 0] > 0, torch.nan))
             if name in MAPPED:
