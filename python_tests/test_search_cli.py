@@ -184,9 +184,8 @@ def test_a_mistake_is_said_in_one_line(mistake, tmp_path, questions, capsys):
 def test_without_optuna_it_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "optuna", None)
     assert main(FEW) == 2
-    assert (
-        capsys.readouterr().err == "restore-ext: error: search needs optuna: pip install optuna\n"
-    )
+    install = 'pip install "optuna>=5,<6" tqdm'
+    assert capsys.readouterr().err == f"restore-ext: error: search needs optuna: {install}\n"
 
 
 def test_a_search_that_is_interrupted_says_how_to_go_on(tmp_path, monkeypatch, capsys):
