@@ -1,4 +1,4 @@
-"""The bugs that tools/mutate_kernels.py plants, one at a time, and where each must be caught."""
+"""What a planted bug is, and those in the wrappers of instructions, for tools/mutate_kernels.py."""
 
 from dataclasses import dataclass
 
@@ -29,7 +29,7 @@ def in_hopper(name: str, old: str, new: str) -> Mutant:
     )
 
 
-MUTANTS = [
+INSTRUCTIONS = [
     in_ptx(
         "mma: registers of A change places",
         '"r"(a[1]), "r"(a[2])',

@@ -1,4 +1,4 @@
-"""Plants each bug of tools/mutants.py in a copy of the tree, and sees whether the tests catch it.
+"""Plants each bug of mutants.py and kernel_mutants.py in a copy of the tree: do the tests catch it?
 
 python tools/mutate_kernels.py [-k WORDS] [--mode MODE] [--list]
 
@@ -14,7 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from mutants import GOLDEN, MUTANTS, Mutant
+from kernel_mutants import KERNELS
+from mutants import GOLDEN, INSTRUCTIONS, Mutant
 
 ROOT = Path(__file__).resolve().parent.parent
 TREE = ROOT / "build/mutants"
@@ -98,7 +99,7 @@ def main() -> int:
     parser.add_argument("--mode", help="only this one")
     parser.add_argument("--list", action="store_true")
     arguments = parser.parse_args()
-    chosen = [m for m in MUTANTS if arguments.k in f"{m.file} {m.name}"]
+    chosen = [m for m in [*INSTRUCTIONS, *KERNELS] if arguments.k in f"{m.file} {m.name}"]
     if arguments.list:
         for m in chosen:
             print(f"{m.file:44} {m.name:44} {' '.join(m.modes)}")
