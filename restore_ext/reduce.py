@@ -15,6 +15,7 @@ __all__ = ["ANCHOR_MODES", "DEFAULT_ANCHOR_MODE", "Reduction", "reduce_tokens"]
 
 ANCHOR_MODES = ("paper", "official", "uniform")
 DEFAULT_METHOD = "vispruner"
+DEFAULT_KEEP = 64  # visual tokens, of the commands and the server
 DEFAULT_RETAIN = 0.5
 DEFAULT_ANCHOR_MODE = "paper"
 

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from restore_ext.text import aligned
+
 Row = dict[str, str]
 
 
@@ -36,16 +38,7 @@ def text(rows: Sequence[Row], columns: Sequence[Column]) -> str:
     """For a terminal: words to the left, numbers to the right."""
     titles = [column.title for column in columns]
     lines = [titles, *([cell(row, column) for column in columns] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    aligned = [
-        "  ".join(
-            word.rjust(width) if column.number else word.ljust(width)
-            for word, width, column in zip(line, widths, columns, strict=True)
-        ).rstrip()
-        for line in lines
-    ]
-    aligned.insert(1, "-" * max(map(len, aligned)))
-    return "\n".join(aligned)
+    return aligned(lines, [column.number for column in columns])
 
 
 def said_of(rows: Sequence[Row]) -> str:

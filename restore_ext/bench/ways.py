@@ -11,6 +11,7 @@ import restore_ext
 from restore_ext.bench.generation import Inputs, generate
 from restore_ext.methods import find_card
 from restore_ext.methods.problem import INSIDE
+from restore_ext.text import one_line
 
 ALL_TOKENS = "all tokens"
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
@@ -49,7 +50,7 @@ class Way:
                 model, method=self.method, restore=self.restore, **self.options
             )
         except REFUSALS as error:
-            raise Refused((str(error).splitlines() or [type(error).__name__])[0]) from error
+            raise Refused(one_line(error)) from error
 
 
 STOCK = Way(None, False, {})
@@ -102,6 +103,6 @@ def attentions(model: Any, inputs: Inputs) -> Iterator[tuple[str, str]]:
             generate(model, inputs, 1)
         except (*REFUSALS, OSError, RuntimeError, torch.OutOfMemoryError) as error:
             model.set_attn_implementation(before)
-            yield name, (str(error).splitlines() or [type(error).__name__])[0]
+            yield name, one_line(error)
         else:
             yield name, ""

@@ -7,7 +7,8 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from restore_ext.cli.commands import COMMANDS
-from restore_ext.cli.errors import UserError, one_line
+from restore_ext.cli.errors import UserError
+from restore_ext.text import one_line
 
 INSTALL = 'pip install "transformers>=4.57.6,<6" accelerate pillow tqdm matplotlib'
 INSTALL_OF = {"optuna": 'pip install "optuna>=5,<6" tqdm', "jinja2": "pip install jinja2"}

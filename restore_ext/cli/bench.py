@@ -18,10 +18,11 @@ from restore_ext.bench.rounds import clock_of
 from restore_ext.bench.table import Column, Row, bars, markdown, said_of, text, write_csv
 from restore_ext.bench.ways import ways_of
 from restore_ext.cli.commands import RANDOM
-from restore_ext.cli.errors import UserError, one_line, open_image
+from restore_ext.cli.errors import UserError, open_image
 from restore_ext.cli.load import encode_prompt, load, quiet, require_device
 from restore_ext.methods import list_methods
 from restore_ext.pocket import held_out, is_pocket
+from restore_ext.text import one_line
 
 BASELINES = ("random", "downsample")
 QUESTION = "Describe the image."

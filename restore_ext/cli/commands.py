@@ -4,9 +4,8 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from restore_ext.cli.errors import DEFAULT_KEEP
 from restore_ext.methods import list_methods
-from restore_ext.reduce import DEFAULT_METHOD
+from restore_ext.reduce import DEFAULT_KEEP, DEFAULT_METHOD
 
 METHODS = f"how tokens are picked (see restore-ext methods): {', '.join(list_methods())}"
 BACKENDS = ("op", "mask")

@@ -7,11 +7,12 @@ from PIL import Image
 
 import restore_ext
 from restore_ext import picture
-from restore_ext.cli.errors import UserError, check_reduction, name_of, one_line, open_image
+from restore_ext.cli.errors import UserError, check_reduction, open_image
 from restore_ext.cli.load import encode_prompt, load, quiet
 from restore_ext.cli.measure import Outcome, Task, table
-from restore_ext.methods import find_card
+from restore_ext.methods import find_card, name_of
 from restore_ext.pocket import POCKET_NAME, held_out
+from restore_ext.text import one_line
 
 QUESTION = "how many objects ?"  # of a picture that came without one
 

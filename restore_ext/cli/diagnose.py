@@ -2,7 +2,6 @@
 
 import argparse
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import matplotlib  # noqa: F401  first: where it is missing, that is said before
 from PIL import Image
 
 import restore_ext
-from restore_ext.cli.errors import UserError, check_reduction, one_line, open_image
+from restore_ext.cli.errors import UserError, check_reduction, open_image
 from restore_ext.cli.load import encode_prompts, load, quiet
 from restore_ext.hf.diagnosis import Diagnosis, join
 from restore_ext.hf.diagnosis.maps import (
@@ -23,6 +22,7 @@ from restore_ext.hf.diagnosis.maps import (
 from restore_ext.hf.diagnosis.plots import plot_distances, plot_shares
 from restore_ext.hf.diagnosis.run import DEFAULT_NEW_TOKENS
 from restore_ext.pocket import held_out, is_pocket
+from restore_ext.text import aligned, one_line
 
 BATCH = 8  # scenes at a time
 GREY = ([0.5] * 3, [0.5] * 3)  # how pictures are normalised where the processor does not say
@@ -121,7 +121,7 @@ def _say(asked: Asked, processor: Any, first: Diagnosis, summary: dict[str, Any]
         found = [way["distance"]["overall"], way["cosine"]["visual"], way["cosine"]["last"]]
         found += [way[of][when] for when in ("first", "answer")[: 1 + several] for of in _OUTPUT]
         rows.append([TITLES[name], _tokens(way), *map(_number, found)])
-    print(_aligned(rows))
+    print(aligned(rows, [i > 0 for i in range(len(rows[0]))]))
     for name, reason in summary["left_out"].items():
         print(f"{TITLES[name]}: left out: {reason}")
     print()
@@ -140,16 +140,6 @@ def _number(found: dict[str, float | None]) -> str:
         return "-"
     half = found["half_width"]
     return f"{found['mean']:.3f}" if half is None else f"{found['mean']:.3f} ± {half:.3f}"
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(rows[0]))]
-    lines = []
-    for first, *others in rows:
-        cells = [cell.rjust(w) for cell, w in zip(others, widths[1:], strict=False)]
-        lines.append("  ".join([first.ljust(widths[0]), *cells]))
-    lines.insert(1, "-" * max(map(len, lines)))
-    return "\n".join(lines)
 
 
 def _draw(

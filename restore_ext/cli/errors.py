@@ -3,21 +3,15 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from restore_ext.reduce import DEFAULT_KEEP
+from restore_ext.text import one_line
+
 if TYPE_CHECKING:
     from PIL import Image
 
 
-DEFAULT_KEEP = 64
-
-
 class UserError(Exception):
     """Ends a command with its message and exit code 2; a traceback would not help."""
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of an exception's message, or its type if there is none."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def check_reduction(
@@ -60,13 +54,6 @@ def _check_schedule(schedule: str, method: str, keep: int | None) -> None:
         raise UserError(f"--schedule must not be given with --method {method}, which is one itself")
     if method != DEFAULT_METHOD and keep is None:
         raise UserError(f"--method {method} before a --schedule needs --keep")
-
-
-def name_of(method: str, keep: int | None, schedule: str | None) -> str:
-    """What reduces, in a word or two."""
-    if schedule is None:
-        return method
-    return "schedule" if keep is None else f"{method}, schedule"
 
 
 def open_image(file: str, option: str = "--image") -> "Image.Image":

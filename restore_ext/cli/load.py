@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from restore_ext.checks import require_kernels
-from restore_ext.cli.errors import UserError, one_line
+from restore_ext.cli.errors import UserError
 from restore_ext.pocket import is_pocket, resolve
+from restore_ext.text import one_line
 
 
 def quiet() -> None:

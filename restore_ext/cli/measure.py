@@ -12,6 +12,7 @@ import torch
 from restore_ext.bench.generation import generate, kv_bytes, time_answer, visual_tokens
 from restore_ext.reduction import Reduction
 from restore_ext.stages.stage import as_groups
+from restore_ext.text import aligned
 
 if TYPE_CHECKING:
     from restore_ext.hf.report import Report, StageReport, VisualTokens
@@ -97,11 +98,4 @@ def table(outcomes: Sequence[Outcome]) -> str:
         answer = answer if len(answer) <= 40 else answer[:37] + "..."
         numbers = (f"{o.prefill_ms:.1f}", f"{o.decode_ms:.2f}", f"{o.kv_bytes:,}")
         rows.append((o.label, answer, str(o.tokens), *numbers))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        words = [c.ljust(w) for c, w in zip(row[:2], widths[:2], strict=True)]
-        numbers_of_row = [c.rjust(w) for c, w in zip(row[2:], widths[2:], strict=True)]
-        lines.append("  ".join([*words, *numbers_of_row]).rstrip())
-    lines.insert(1, "-" * max(map(len, lines)))
-    return "\n".join(lines)
+    return aligned(rows, [False, False, True, True, True, True])

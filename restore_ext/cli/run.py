@@ -3,10 +3,11 @@
 import argparse
 
 import restore_ext
-from restore_ext.cli.errors import UserError, check_reduction, name_of, one_line, open_image
+from restore_ext.cli.errors import UserError, check_reduction, open_image
 from restore_ext.cli.load import encode_prompt, load, quiet
 from restore_ext.cli.measure import Outcome, Task, table
-from restore_ext.methods import find_card
+from restore_ext.methods import find_card, name_of
+from restore_ext.text import one_line
 
 NEW_TOKENS = 64  # where neither the user nor the checkpoint says
 

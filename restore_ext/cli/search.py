@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from restore_ext.cli.errors import UserError, one_line, open_image
+from restore_ext.cli.errors import UserError, open_image
 from restore_ext.cli.load import encode_prompt, load, quiet, to_model
 from restore_ext.pocket import is_pocket
 from restore_ext.pocket.shared import remembered_features
@@ -16,6 +16,7 @@ from restore_ext.search.examples import DEFAULT_BATCH, pocket_examples
 from restore_ext.search.find import require_limits
 from restore_ext.search.found import Found
 from restore_ext.search.score import Score
+from restore_ext.text import one_line
 
 DEFAULT_BUDGET = 0.5
 DEFAULT_QUESTIONS = 256  # of the built-in model's

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 
 import restore_ext
 from restore_ext import serve as serving
-from restore_ext.cli.errors import UserError, check_reduction, one_line
+from restore_ext.cli.errors import UserError, check_reduction
 from restore_ext.cli.load import load, quiet
 from restore_ext.pocket import is_pocket, parse
+from restore_ext.text import one_line
 
 if TYPE_CHECKING:
     from uvicorn import Server

@@ -29,6 +29,7 @@ __all__ = [
     "find_card",
     "find_method",
     "list_methods",
+    "name_of",
 ]
 
 # What reduce_tokens does.
@@ -67,6 +68,13 @@ def find_card(name: str) -> Card:
     by_name = {card.name: card for card in cards()}
     require_one_of("method", name, tuple(by_name))
     return by_name[name]
+
+
+def name_of(method: str, keep: int | None, schedule: str | None) -> str:
+    """What reduces, in a word or two."""
+    if schedule is None:
+        return method
+    return "schedule" if keep is None else f"{method}, schedule"
 
 
 def find_method(name: str, options: Mapping[str, Any] | None = None) -> Method:

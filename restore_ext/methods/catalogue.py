@@ -14,6 +14,7 @@ from restore_ext.methods.problem import (
     Method,
 )
 from restore_ext.stages import StageMethod
+from restore_ext.text import aligned
 
 # What RESTORE means for a method, see Card.restore.
 NOTHING = "nothing"
@@ -104,7 +105,4 @@ def as_text(cards: Iterable[Card]) -> str:
     rows = [("method", "acts", "does", "needs", "RESTORE adds", "arXiv")]
     for card in cards:
         rows.append((card.name, card.place, card.does, card.needs, card.restore, card.source or ""))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-    lines.insert(1, "-" * max(map(len, lines)))
-    return "\n".join(lines)
+    return aligned(rows, [False] * len(rows[0]))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from restore_ext import checks
+from restore_ext.hf.families.family import head_size, kv_heads
 from restore_ext.stages.select import share_of
 
 Counts = tuple[int, ...]  # tokens each layer keeps of the largest image
@@ -42,8 +43,8 @@ def flops(config: Any, visual: Sequence[int], text: int = 0) -> int:
     """
     config = config.get_text_config()
     width, mlp = config.hidden_size, config.intermediate_size
-    queries = config.num_attention_heads * _head_size(config)
-    keys = _kv_heads(config) * _head_size(config)
+    queries = config.num_attention_heads * head_size(config)
+    keys = kv_heads(config) * head_size(config)
     per_token = width * (2 * queries + 2 * keys + 3 * mlp)
     return sum(n * per_token + 2 * n * n * queries for n in _tokens(config, visual, text))
 
@@ -57,7 +58,7 @@ def kv_bytes(
     config, visual, text, raises  as for flops()
     """
     config = config.get_text_config()
-    per_token = 2 * _kv_heads(config) * _head_size(config) * dtype.itemsize
+    per_token = 2 * kv_heads(config) * head_size(config) * dtype.itemsize
     return sum(_tokens(config, visual, text)) * per_token
 
 
@@ -69,14 +70,6 @@ def _tokens(config: Any, visual: Sequence[int], text: int) -> list[int]:
         if checks.require_int(name, count) < 0:
             raise ValueError(f"{name} must be an int >= 0, got {count}")
     return [n + text for n in visual]
-
-
-def _kv_heads(config: Any) -> int:
-    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-
-
-def _head_size(config: Any) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def mean_over(

@@ -15,11 +15,11 @@ from jinja2 import TemplateError
 from transformers.cli.serving.utils import BaseHandler, DirectStreamer, Modality
 
 from restore_ext import profiling
-from restore_ext.cli.errors import DEFAULT_KEEP, name_of
 from restore_ext.hf.handle import Handle
 from restore_ext.hf.report import VisualTokens
 from restore_ext.hf.settings import Settings
-from restore_ext.methods import find_card
+from restore_ext.methods import find_card, name_of
+from restore_ext.reduce import DEFAULT_KEEP
 from restore_ext.serve.errors import RequestError
 from restore_ext.serve.images import ImageLimits, decode
 from restore_ext.serve.metrics import Metrics

@@ -56,18 +56,7 @@ class Family(ABC):
     @property
     def kv_size(self) -> int:
         """Numbers in the key and value of one token in one layer."""
-        return 2 * self._kv_heads * self._head_size
-
-    @property
-    def _kv_heads(self) -> int:
-        config = self.lm.config
-        return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-
-    @property
-    def _head_size(self) -> int:
-        config = self.lm.config
-        head_size = getattr(config, "head_dim", None)
-        return head_size or config.hidden_size // config.num_attention_heads
+        return 2 * kv_heads(self.lm.config) * head_size(self.lm.config)
 
     @property
     def heads(self) -> Heads:
@@ -123,8 +112,9 @@ class Family(ABC):
     def _why_no_op(self) -> str | None:
         if self.lm.dtype not in checks.FLOATING:
             return f"the op needs float32, bfloat16 or float16, the model is in {self.lm.dtype}"
-        if self._head_size not in OP_HEAD_SIZES:
-            return f"the op needs a head size of 32 to 256 in steps of 8, got {self._head_size}"
+        size = head_size(self.lm.config)
+        if size not in OP_HEAD_SIZES:
+            return f"the op needs a head size of 32 to 256 in steps of 8, got {size}"
         if any(hasattr(module, "sinks") for module in self.attentions):
             return "the op has no attention sinks"
         return next(filter(None, map(checks.why_no_kernels, devices(self.model))), None)
@@ -285,6 +275,16 @@ class Family(ABC):
         if record.tower is not None:
             seen.metric = _split(self.metric(record), tokens)
         return features, seen
+
+
+def kv_heads(config: Any) -> int:
+    """Heads of keys and values of a text config."""
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+
+
+def head_size(config: Any) -> int:
+    """Numbers in a head of a text config."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def _split(rows: Tensor, tokens: Sequence[int]) -> list[Tensor]:
