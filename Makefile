@@ -36,9 +36,10 @@ demo: build
 test: build
 	$(BIN)/python -m pytest
 
-# The tests run on one core, beside the kernels' many short ones.
-ci: style types wheel cmake bench-smoke test-quant
-	$(MAKE) -j$(JOBS) VENV=$(VENV) test check-cuda
+# The tests take longest and one core; all the rest runs beside them.
+ci:
+	$(MAKE) -j$(JOBS) VENV=$(VENV) \
+	  test check-cuda style types wheel cmake bench-smoke test-quant
 
 $(VENV)/ready: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -57,7 +58,7 @@ types: build
 	$(BIN)/mypy
 
 # A wheel must work where only torch and numpy are: no transformers, no source tree.
-wheel: $(VENV)/ready
+wheel: build
 	RESTORE_EXT_CUDA=0 $(BIN)/python tools/build_wheel.py dist/cpu
 	$(BIN)/python tools/check_wheel.py dist/cpu/*.whl
 
@@ -72,8 +73,8 @@ check-abi: wheel-cuda
 # The CUDA kernels where there is no GPU: compiled for every architecture, and run on the CPU.
 check-cuda: build cuda-compiles
 	$(BIN)/python tools/emulator.py modules source check ptx80 ptx90a $(QUICK)
-	$(MAKE) -j$(JOBS) VENV=$(VENV) emulate-tests emulate-source emulate-check emulate-ptx80 \
-	  emulate-ptx90a
+	$(MAKE) $(if $(findstring jobserver,$(MAKEFLAGS)),,-j$(JOBS)) VENV=$(VENV) \
+	  emulate-tests emulate-source emulate-check emulate-ptx80 emulate-ptx90a
 
 # The same with every test on every instance in every mode, then with bugs planted, each of which
 # must be caught.
@@ -95,7 +96,8 @@ emulate-check emulate-ptx80 emulate-ptx90a: emulate-%:
 	  --emulator $$($(BIN)/python tools/emulator.py $* $(QUICK))
 
 cmake: $(VENV)/ready
-	$(BIN)/cmake -S . -B build/cmake -DPython_EXECUTABLE=$(abspath $(BIN)/python) > /dev/null
+	$(BIN)/cmake -S . -B build/cmake -DCMAKE_BUILD_TYPE=Debug \
+	  -DPython_EXECUTABLE=$(abspath $(BIN)/python) > /dev/null
 	$(BIN)/cmake --build build/cmake --parallel 2
 
 # Every bench once: providers agree, and the clock runs. The times mean little.

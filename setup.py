@@ -72,6 +72,10 @@ def compile_kernels() -> list[str]:
 class BuildExtension(cpp_extension.BuildExtension):
     """Compiles the kernels, too, when it comes to building."""
 
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.build_temp = "build/objects"  # pip's would be gone with every object; these are kept
+
     def build_extensions(self) -> None:
         if with_cuda:
             self.extensions[0].extra_objects = compile_kernels()
