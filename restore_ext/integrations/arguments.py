@@ -55,6 +55,11 @@ class Arguments:
     reduction: Mapping[str, Any] | None = field(default_factory=dict)
 
     @property
+    def place(self) -> str:
+        """The device, by name. To ask for a GPU fixes which are visible, so it is not read()'s."""
+        return self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+    @property
     def loading(self) -> dict[str, Any]:
         """The options of from_pretrained() that were given."""
         names = ("revision", "attn_implementation", "device_map")
@@ -90,7 +95,6 @@ def read(given: Mapping[str, Any]) -> Arguments:
         **{
             **vars(arguments),
             "pretrained": str(arguments.pretrained),
-            "device": arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"),
             "system_prompt": _system_prompt(arguments.system_prompt),
             "chat_template": _template(arguments.chat_template),
         }

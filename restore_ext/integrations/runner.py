@@ -56,10 +56,9 @@ class Runner:
 
         self.arguments = arguments
         self.tally = Tally()
-        assert arguments.device is not None
         self.model, self.processor = load(
             arguments.pretrained,
-            arguments.device,
+            arguments.place,
             arguments.dtype,
             option="pretrained",
             **arguments.loading,
@@ -131,10 +130,13 @@ class Runner:
                 self.processor.apply_chat_template(messages, add_generation_prompt=True, **more)
             )
         bos = self.processor.tokenizer.bos_token
-        more = {"add_special_tokens": False} if bos and texts[0].startswith(bos) else {}
-        images = pictures if any(pictures) else None
+        has_bos = bool(bos) and texts[0].startswith(bos)
         encoded = self.processor(
-            images=images, text=texts, padding=len(texts) > 1, return_tensors="pt", **more
+            images=pictures if any(pictures) else None,
+            text=texts,
+            padding=len(texts) > 1,
+            return_tensors="pt",
+            **({"add_special_tokens": False} if has_bos else {}),
         )
         return to_model(dict(encoded), self.model)
 
@@ -195,7 +197,7 @@ class Runner:
         return self.model.generate(**inputs, **options)
 
     def _count(self, inputs: Mapping[str, Tensor]) -> list[int]:
-        """Counts what the last prompts had; returns what the first layer had of each, row by row."""
+        """Counts what the last prompts had; returns the tokens that the first layer had of each."""
         from restore_ext.hf.report import VisualTokens
 
         report = None if self.handle is None else self.handle.last

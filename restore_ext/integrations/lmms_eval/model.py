@@ -15,7 +15,6 @@ from lmms_eval.protocol import ChatMessages
 from loguru import logger
 from tqdm import tqdm
 
-from restore_ext import checks
 from restore_ext.integrations.arguments import read
 from restore_ext.integrations.runner import Answer, Chat, Runner
 
@@ -46,12 +45,11 @@ class RestoreExt(lmms):
         )
         if self._world_size > 1:
             arguments.setdefault("device", str(self.accelerator.device))
-        read_arguments = read(arguments)
-        self.device = torch.device(read_arguments.device or "cpu")
-        self.runner = Runner(read_arguments)
-        handle = self.runner.handle
-        settings = "all visual tokens" if handle is None else handle.settings
-        logger.info("{} on {}: {}", read_arguments.pretrained, self.device, settings)
+        asked = read(arguments)
+        self.device = torch.device(asked.place)  # where lmms-eval gathers what processes counted
+        self.runner = Runner(asked)
+        reduction = asked.reduction if asked.reduction is not None else "all visual tokens"
+        logger.info("{} on {}: {}", asked.pretrained, self.device, reduction)
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
         """One answer to each request, batches being of requests with the same options."""
@@ -96,7 +94,9 @@ class RestoreExt(lmms):
         return told
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        raise NotImplementedError("tasks by likelihood need --force_simple with --model restore_ext")
+        raise NotImplementedError(
+            "tasks by likelihood need --force_simple with --model restore_ext"
+        )
 
     def clean(self) -> None:
         self.runner.close()
@@ -137,11 +137,12 @@ class RestoreExtSimple(RestoreExt):
     is_simple = True
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[list[str]]:
-        raise NotImplementedError("tasks of several rounds need --model restore_ext without "
-                                  "--force_simple")
+        raise NotImplementedError(
+            "tasks of several rounds need --model restore_ext without --force_simple"
+        )
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """(mean loss, greedy) of every continuation: lmms-eval takes the least for the likeliest."""
+        """(mean loss, greedy) of continuations; lmms-eval takes the least for the likeliest."""
         start, results = time.perf_counter(), []
         for request in self._progress(requests):
             text, target, visuals_of, doc_id, task, split = request.args
