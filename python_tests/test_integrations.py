@@ -75,7 +75,7 @@ def test_every_option_of_attach_is_an_argument(tmp_path):
     assert read({"method": "vtw", "options": '{"layer": 2}'}).reduction["options"] == {"layer": 2}
     assert read({"schedule": '{"layers": [9, 9, 5, 5]}'}).reduction["schedule"] == asked
     assert read({"schedule": "file.json"}).reduction["schedule"] == "file.json"
-    assert read({}).reduction == {"keep": 64} and read({"method": "none"}).reduction is None
+    assert read({}).reduction == RESTORED and read({"method": "none"}).reduction is None
     assert read({"system_prompt": "vicuna_v1"}).system_prompt == SYSTEM_PROMPTS["vicuna_v1"]
     (tmp_path / "prompt.txt").write_text("Be brief.\n")
     assert read({"system_prompt": str(tmp_path / "prompt.txt")}).system_prompt == "Be brief."
@@ -89,7 +89,7 @@ def test_what_cannot_be_loaded_is_said_of_its_argument(tmp_path):
 
 
 def test_answers_of_a_ragged_batch_are_the_evaluations(runner):
-    indices = range(12)
+    indices = range(6)
     said = runner.answer([chat(i) for i in indices], ONE)
     assert [answer.text for answer in said] == words(runner, indices)
     alone = [runner.answer([chat(i)], ONE)[0] for i in indices]
@@ -109,12 +109,12 @@ def test_tokens_are_counted_row_by_row(runner):
 
 
 def test_all_tokens_are_the_unhooked_model(runner):
-    chats = [chat(i) for i in range(6)]
-    want = words(runner, range(6), attached=False)
+    chats = [chat(i) for i in range(4)]
+    want = words(runner, range(4), attached=False)
     for given in ({"method": "none"}, {"method": "divprune", "keep": 576}):
         whole = Runner(read({"pretrained": "pocket", "device": "cpu", **given}))
         assert [answer.text for answer in whole.answer(chats, ONE)] == want
-        assert whole.tally.first_layer == 6 * 576
+        assert whole.tally.first_layer == 4 * 576
 
 
 def test_an_answer_ends_before_a_stop_sequence(runner):

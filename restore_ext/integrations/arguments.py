@@ -119,6 +119,7 @@ def _reduction(options: dict[str, Any]) -> dict[str, Any] | None:
             raise ValueError(f"{', '.join(more)} must be left out with method {ALL_TOKENS}")
         return None
     reduction = {name: _from_json(name, value) for name, value in options.items()}
+    reduction["method"] = method
     if not {"keep", "keep_ratio", "schedule"} & reduction.keys() and find_card(method).budget:
         reduction["keep"] = DEFAULT_KEEP
     _check(method, reduction)
