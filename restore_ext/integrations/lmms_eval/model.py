@@ -93,7 +93,7 @@ class RestoreExt(lmms):
         self._log(spent, time.perf_counter() - start)
         return told
 
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
         raise NotImplementedError(
             "tasks by likelihood need --force_simple with --model restore_ext"
         )
@@ -141,14 +141,16 @@ class RestoreExtSimple(RestoreExt):
             "tasks of several rounds need --model restore_ext without --force_simple"
         )
 
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
         """(mean loss, greedy) of continuations; lmms-eval takes the least for the likeliest."""
         start, results = time.perf_counter(), []
         for request in self._progress(requests):
             text, target, visuals_of, doc_id, task, split = request.args
             doc = self.task_dict[task][split][doc_id]
             continuation = target(doc) if callable(target) else target
-            results.append(self.runner.loss(_simple(text, visuals_of(doc)), continuation))
+            rated = self.runner.loss(_simple(text, visuals_of(doc)), continuation)
+            # lmms-eval 0.7.3 makes a text of a bare tuple, and then fails to take it apart.
+            results.append(GenerationResult(text=rated))
         self._log([], time.perf_counter() - start)
         return results
 
