@@ -67,6 +67,12 @@ class Runner:
             raise ValueError(
                 f"chat_template must be given for {arguments.pretrained}, which has none of its own"
             )
+        images = getattr(self.processor, "image_processor", None)
+        if arguments.image_aspect_ratio == "pad" and not getattr(images, "image_mean", None):
+            raise ValueError(
+                f"image_aspect_ratio must be 'processor' for {arguments.pretrained}, whose "
+                "processor has no mean colour to pad with, got 'pad'"
+            )
         self.processor.tokenizer.padding_side = "left"
         reduction = arguments.reduction
         self.handle = None if reduction is None else attach(self.model, **reduction)

@@ -3,7 +3,7 @@
 import json
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -39,12 +39,10 @@ class RestoreExt(lmms):
             raise ValueError(f"batch_size must be an int of at least 1, got {batch_size}")
         self.batch_size = int(batch_size)
         self.accelerator = Accelerator()
-        self._rank, self._world_size = (
-            self.accelerator.process_index,
-            self.accelerator.num_processes,
-        )
+        self._rank = self.accelerator.process_index
+        self._world_size = self.accelerator.num_processes
         if self._world_size > 1:
-            arguments.setdefault("device", str(self.accelerator.device))
+            arguments["device"] = str(self.accelerator.device)  # a copy of the model to each
         asked = read(arguments)
         self.device = torch.device(asked.place)  # where lmms-eval gathers what processes counted
         self.runner = Runner(asked)
@@ -55,7 +53,7 @@ class RestoreExt(lmms):
         """One answer to each request, batches being of requests with the same options."""
         answers: dict[int, Answer] = {}
         start = time.perf_counter()
-        with self._bar(len(requests)) as bar:
+        with self._bar(requests) as bar:
             for indices in self._batches(requests):
                 rows = [self._chat(requests[i]) for i in indices]
                 # Processors take a batch with pictures in every row, or in none.
@@ -73,7 +71,7 @@ class RestoreExt(lmms):
     def generate_until_multi_round(self, requests: list[Instance]) -> list[list[str]]:
         """The answers of each request round by round; its task says what each round shows."""
         start, spent, told = time.perf_counter(), [], []
-        for request in self._progress(requests):
+        for request in self._bar(requests):
             _, messages_of, given, doc_id, task, split = request.args
             doc = self.task_dict[task][split][doc_id]
             said: list[str] = []
@@ -117,10 +115,7 @@ class RestoreExt(lmms):
             for start in range(0, len(indices), self.batch_size):
                 yield indices[start : start + self.batch_size]
 
-    def _bar(self, total: int) -> tqdm:
-        return tqdm(total=total, disable=self.rank != 0, desc="Model Responding")
-
-    def _progress(self, requests: list[Instance]) -> Iterable[Instance]:
+    def _bar(self, requests: list[Instance]) -> tqdm:
         return tqdm(requests, disable=self.rank != 0, desc="Model Responding")
 
     def _log(self, answers: Sequence[Answer], seconds: float) -> None:
@@ -144,7 +139,7 @@ class RestoreExtSimple(RestoreExt):
     def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
         """(mean loss, greedy) of continuations; lmms-eval takes the least for the likeliest."""
         start, results = time.perf_counter(), []
-        for request in self._progress(requests):
+        for request in self._bar(requests):
             text, target, visuals_of, doc_id, task, split = request.args
             doc = self.task_dict[task][split][doc_id]
             continuation = target(doc) if callable(target) else target
