@@ -8,6 +8,7 @@ import pytest
 import tomllib
 import torch
 from PIL import Image
+from tokenizers.processors import TemplateProcessing
 
 from restore_ext.cli.errors import UserError
 from restore_ext.integrations.arguments import SYSTEM_PROMPTS, attach_options, read
@@ -123,7 +124,7 @@ def test_an_answer_ends_before_a_stop_sequence(runner):
     said = whole.text.split()
     assert len(said) > 3
     stop = next(word for word in said[1:] if word != said[0])
-    given = {**long, "until": ["never", stop]}
+    given = {**long, "until": ["picture", stop]}  # the prompt has the first
     (cut,) = runner.answer([chat(0)], given)
     assert cut.text == " ".join(said[: said.index(stop)])
     assert cut.new_tokens == said.index(stop) + 1 < whole.new_tokens
@@ -137,6 +138,7 @@ def test_generation_options_are_those_of_the_task():
     generation = Generation.of(given, 1024)
     assert generation.options == {**greedy, "num_beams": 1, "max_new_tokens": 16}
     assert generation.stops == ("\n",) and generation.cut("a\nb\nc") == "a"
+    assert Generation.of({"until": ["c", "b", "d"]}, 5).cut("abcb") == "a"
     assert Generation.of({"temperature": 0.7, "do_sample": False}, 5).options == {
         **greedy,
         "max_new_tokens": 5,
@@ -160,23 +162,24 @@ def test_what_generate_does_not_know_is_passed_over_aloud(caplog):
 
 
 def test_loss_is_that_of_decoding_the_continuation(runner):
-    inputs = runner.encode([chat(2)])
     with torch.no_grad():
         out = runner.model.generate(
-            **inputs,
+            **runner.encode([chat(2)]),
             do_sample=False,
-            max_new_tokens=1,
+            max_new_tokens=2,
+            min_new_tokens=2,
             return_dict_in_generate=True,
             output_logits=True,
         )
-    logits = out.logits[0][0].float().log_softmax(-1)
-    best = WORDS[int(logits.argmax())]
+    first, second = (-step[0].float().log_softmax(-1) for step in out.logits)
+    best = WORDS[int(first.argmin())]
     for word in ("red", "circle", best):
         loss, greedy = runner.loss(chat(2), f" {word}")
-        assert loss == pytest.approx(-logits[WORDS.index(word)].item(), abs=1e-4)
+        assert loss == pytest.approx(first[WORDS.index(word)].item(), abs=1e-4)
         assert greedy == (word == best)
-    two, _ = runner.loss(chat(2), f" {best} red")
-    assert two > runner.loss(chat(2), f" {best}")[0]
+    loss, greedy = runner.loss(chat(2), f" {best} circle")
+    assert loss == pytest.approx((first.min() + second[WORDS.index("circle")]).item() / 2, abs=1e-4)
+    assert not greedy
 
 
 def test_prompts_are_what_was_asked_for(tmp_path, runner):
@@ -193,6 +196,16 @@ def test_prompts_are_what_was_asked_for(tmp_path, runner):
     said = [WORDS[i] for i in ids if i != image and not WORDS[i].startswith("<")]
     assert ids.count(image) == 576
     assert said == ["a", "chat", "user", *parse(held_out(3).question.text)]
+
+
+def test_a_prompt_begins_once():
+    asked = Runner(read({"pretrained": "pocket", "device": "cpu", "method": "none"}))
+    want = asked.encode([chat(0)])["input_ids"].tolist()
+    tokenizer = asked.processor.tokenizer
+    begin = [("<s>", tokenizer.bos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<s> $A", None, begin)
+    assert tokenizer("user").input_ids[0] == want[0][0] == tokenizer.bos_token_id
+    assert asked.encode([chat(0)])["input_ids"].tolist() == want
 
 
 def test_pictures_are_padded_to_squares_when_asked(runner):
