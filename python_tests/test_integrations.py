@@ -16,6 +16,7 @@ from restore_ext.integrations.generation import Generation
 from restore_ext.integrations.runner import Runner
 from restore_ext.pocket import WORDS, encode, held_out, parse
 from restore_ext.pocket.eval import first_words
+from restore_ext.reduce import DEFAULT_METHOD
 
 ROOT = Path(__file__).parent.parent
 ONE = {"max_new_tokens": 1, "until": ["\n\n"]}
@@ -76,7 +77,10 @@ def test_every_option_of_attach_is_an_argument(tmp_path):
     assert read({"method": "vtw", "options": '{"layer": 2}'}).reduction["options"] == {"layer": 2}
     assert read({"schedule": '{"layers": [9, 9, 5, 5]}'}).reduction["schedule"] == asked
     assert read({"schedule": "file.json"}).reduction["schedule"] == "file.json"
-    assert read({}).reduction == RESTORED and read({"method": "none"}).reduction is None
+    assert (
+        read({}).reduction == {"method": DEFAULT_METHOD, "keep": 64}
+        and read({"method": "none"}).reduction is None
+    )
     assert read({"system_prompt": "vicuna_v1"}).system_prompt == SYSTEM_PROMPTS["vicuna_v1"]
     (tmp_path / "prompt.txt").write_text("Be brief.\n")
     assert read({"system_prompt": str(tmp_path / "prompt.txt")}).system_prompt == "Be brief."
@@ -166,19 +170,22 @@ def test_loss_is_that_of_decoding_the_continuation(runner):
         out = runner.model.generate(
             **runner.encode([chat(2)]),
             do_sample=False,
-            max_new_tokens=2,
-            min_new_tokens=2,
+            max_new_tokens=3,
+            min_new_tokens=3,
             return_dict_in_generate=True,
             output_logits=True,
         )
-    first, second = (-step[0].float().log_softmax(-1) for step in out.logits)
-    best = WORDS[int(first.argmin())]
+    first, second, third = (-step[0].float().log_softmax(-1) for step in out.logits)
+    best, then = (WORDS[i] for i in out.sequences[0, -3:-1].tolist())
+    assert best != then
     for word in ("red", "circle", best):
         loss, greedy = runner.loss(chat(2), f" {word}")
         assert loss == pytest.approx(first[WORDS.index(word)].item(), abs=1e-4)
         assert greedy == (word == best)
-    loss, greedy = runner.loss(chat(2), f" {best} circle")
-    assert loss == pytest.approx((first.min() + second[WORDS.index("circle")]).item() / 2, abs=1e-4)
+    other = next(word for word in ("red", "circle") if WORDS.index(word) != int(third.argmin()))
+    loss, greedy = runner.loss(chat(2), f" {best} {then} {other}")
+    said = first[WORDS.index(best)] + second[WORDS.index(then)] + third[WORDS.index(other)]
+    assert loss == pytest.approx(said.item() / 3, abs=1e-4)
     assert not greedy
 
 

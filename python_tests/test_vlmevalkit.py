@@ -16,6 +16,7 @@ from restore_ext.integrations import vlmevalkit
 from restore_ext.integrations.arguments import read
 from restore_ext.pocket import WORDS, encode, held_out, load_pocket, parse
 from restore_ext.pocket.eval import first_words
+from restore_ext.reduce import DEFAULT_METHOD
 
 QUESTIONS = 4
 FILES = {
@@ -154,5 +155,5 @@ def test_without_vlmevalkit_it_says_what_to_install(monkeypatch, capsys):
 def test_names_of_results_tell_runs_apart():
     given = [{}, {"keep": 128}, {"restore": False}, {"method": "none"}, {"keep_ratio": 0.2}]
     names = [vlmevalkit.label(read({"pretrained": "a/llava-1.5", **more})) for more in given]
-    assert names[0] == "restore_ext-llava-1.5-divprune-64-restore"
+    assert names[0] == f"restore_ext-llava-1.5-{DEFAULT_METHOD}-64-restore"
     assert len(set(names)) == 5 and names[3] == "restore_ext-llava-1.5-all"
