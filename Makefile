@@ -1,6 +1,7 @@
 # make demo    environment, build, and the main job: a picture and a question, answered on 64 of 576 tokens
 # make test    environment, build, all tests that need no GPU
 # make ci      make test and test-quant (8-bit weights), and format, lint, types, packaging, a short bench, and make check-cuda
+# make test-eval    the plug-in under the real lmms-eval, on drawn scenes
 # make check-cuda      compiles the CUDA kernels and runs them on the CPU (no GPU); -all: everything
 # make check-abi       one binary under the oldest torch and the newest, with and without CUDA
 # make tables    the tables of the README and the docs, from bench/results
@@ -26,7 +27,7 @@ FEW_check := $(FEW)
 FEW_ptx80 := $(FEW) and not 96 and not 128 and (not float16 or bfloat16)
 FEW_ptx90a := $(FEW_ptx80)
 
-.PHONY: demo test test-quant ci build docs style types wheel wheel-cuda bench-smoke cmake matrix tables pocket-table clean
+.PHONY: demo test test-quant test-eval ci build docs style types wheel wheel-cuda bench-smoke cmake matrix tables pocket-table clean
 .PHONY: check-abi check-cuda check-cuda-all cuda-compiles
 .PHONY: emulate-tests emulate-source emulate-check emulate-ptx80 emulate-ptx90a
 
@@ -123,6 +124,12 @@ test-quant: build
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --no-deps \
 	  --target build/quant -r requirements-quant.txt
 	PYTHONPATH=build/quant $(BIN)/python -m pytest python_tests/test_hf_quantized.py
+
+# The plug-in under the real lmms-eval, which lies with its libraries in a folder of its own. Not in CI.
+test-eval: build
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --no-deps \
+	  --target build/eval -r requirements-eval.txt
+	PYTHONPATH=build/eval $(BIN)/python -m pytest python_tests/test_lmms_eval.py
 
 # Accuracy of every method on held-out questions, and the table in the README. Not in CI.
 pocket-table: build

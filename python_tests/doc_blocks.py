@@ -137,9 +137,9 @@ def commands(code: str) -> Iterator[list[str]]:
 def _check_options(code: str) -> None:
     """Parses what calls restore-ext, by itself or below another program."""
     for words in commands(code):
-        for name in ("restore-ext", "restore_ext"):
-            if name in words:
-                command_parser().parse_args(words[words.index(name) + 1 :])
+        for i, word in enumerate(words):
+            if word == "restore-ext" or words[i - 1 : i + 1] == ["-m", "restore_ext"]:
+                command_parser().parse_args(words[i + 1 :])
 
 
 def masked(text: str) -> str:

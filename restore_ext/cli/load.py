@@ -23,14 +23,19 @@ def quiet() -> None:
     hub_logging.set_verbosity_error()
 
 
-def load(name: str, device: str, dtype: str, option: str = "--model") -> tuple[Any, Any]:
+def load(
+    name: str, device: str, dtype: str, option: str = "--model", **loading: Any
+) -> tuple[Any, Any]:
     """(model, processor) of a hub id, a folder, or "pocket"; the model in eval mode on `device`.
 
-    option  what an error calls the name
+    dtype    of the weights, or "auto": as they were saved
+    option   what an error calls the name
+    loading  more for from_pretrained(); with a device_map, which says where, `device` is not moved
+             to
     """
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-    target = require_device(device)
+    target = require_device(device, option="--device" if option.startswith("-") else "device")
     folder = resolve(name)
     local = Path(folder).is_dir()
     if local and not (Path(folder) / "config.json").is_file():
@@ -39,14 +44,16 @@ def load(name: str, device: str, dtype: str, option: str = "--model") -> tuple[A
         raise UserError(f"{option}: {name} is not a folder with a model")
     if not local:
         print(f"looking for {name} in the cache and on the hub", file=sys.stderr)
+    weights = dtype if dtype == "auto" else getattr(torch, dtype)
+    source = {n: v for n, v in loading.items() if n in ("revision", "trust_remote_code")}
     try:
         # Before the rest: an unknown name fails once, not once for every file of a processor.
-        AutoConfig.from_pretrained(folder)
-        processor = AutoProcessor.from_pretrained(folder)
-        model = AutoModelForImageTextToText.from_pretrained(folder, dtype=getattr(torch, dtype))
+        AutoConfig.from_pretrained(folder, **source)
+        processor = AutoProcessor.from_pretrained(folder, **source)
+        model = AutoModelForImageTextToText.from_pretrained(folder, dtype=weights, **loading)
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise UserError(f"{option}: {_reason(name, error)}") from error
-    return model.eval().to(target), processor
+    return (model.eval() if "device_map" in loading else model.eval().to(target)), processor
 
 
 def encode_prompt(
@@ -89,7 +96,7 @@ def to_model(inputs: dict[str, Any], model: Any) -> dict[str, Any]:
     }
 
 
-def require_device(name: str) -> torch.device:
+def require_device(name: str, option: str = "--device") -> torch.device:
     """The device of that name, which must be there and have our operators."""
     try:
         device = torch.device(name)
@@ -98,7 +105,7 @@ def require_device(name: str) -> torch.device:
         torch.empty(0, device=device)
         require_kernels("the model", device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device: {name} cannot be used: {one_line(error)}") from error
+        raise UserError(f"{option}: {name} cannot be used: {one_line(error)}") from error
     return device
 
 
