@@ -252,6 +252,14 @@ inline void dots(const float* query, int64_t D, const T* key, int64_t key_stride
   }
 }
 
+// Asks for a row from memory while something else is worked on.
+template <typename T>
+inline void prefetch_row(const T* row, int64_t D) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t d = 0; d < D; d += kLine) __builtin_prefetch(row + d);
+}
+
+// Some rows of a task, whose few keys stay near the core between the two products.
 template <int rows, typename T>
 inline void decode_rows(const DecodeTask& t, int64_t row) {
   constexpr int kWide = 8 / rows;  // eight sums at a time hide the latency of one
@@ -262,6 +270,10 @@ inline void decode_rows(const DecodeTask& t, int64_t row) {
     float* to = logit + p->column;
     int64_t j = 0;
     for (; j + kWide <= p->count; j += kWide) {
+      if (row == 0) {  // the next group of rows finds them near
+        const T* value = static_cast<const T*>(p->value) + j * t.value_stride;
+        for (int k = 0; k < kWide; ++k) prefetch_row(value + k * t.value_stride, t.D);
+      }
       dots<rows, kWide>(query, t.D, key + j * t.key_stride, t.key_stride, to + j, kKeys);
     }
     for (; j < p->count; ++j) {
