@@ -3,7 +3,8 @@
 Each line holds an operator against a peer in this process, in turns, on one thread, by the thread's
 own time: the ratio is the peer's time to ours, median and 20th to 80th percentile of its rounds.
 The bars are meant for a core with AVX512-BF16, 16 bits wide; a narrower machine says what it can.
-RESTORE_EXT_CPU names the level of ours, by default the best there is.
+RESTORE_EXT_CPU names the level of ours, by default the best there is. The last lines are about
+whole models (bench/cpu_model.py).
 """
 
 import argparse
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
 import restore_ext
-from bench import clock
+from bench import clock, cpu_model
 from bench.bench_calibrated_attention import prompt
 from bench.bench_decode import step
 from bench.bench_match_bipartite import Case as MatchCase
@@ -206,7 +207,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="lines that have this in them")
     parser.add_argument("--list", action="store_true", help="print the lines, measure nothing")
     a = parser.parse_args(argv)
-    chosen = [g for g in goals() if a.only in f"{g.op} | {g.case} | {g.dtype} | {g.peer}"]
+    lines = (*goals(), *cpu_model.lines())
+    chosen = [g for g in lines if a.only in f"{g.op} | {g.case} | {g.dtype} | {g.peer}"]
     if not chosen:
         parser.error(f"--only: no line has {a.only!r} in it")
     if a.list:
@@ -231,17 +233,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(line(row), flush=True)
         if a.json is not None:
             a.json.write_text(json.dumps({"made": made, "rows": rows}, indent=1) + "\n")
-    below = sum(row["ratio"] < row["bar"] for row in rows)
-    print(f"{len(rows) - below} of {len(rows)} lines at their bar or above")
+    barred = [row for row in rows if row["bar"] is not None]
+    above = sum(row["ratio"] >= row["bar"] for row in barred)
+    print(f"{above} of {len(barred)} lines at their bar or above")
     return 0
 
 
 def line(row: dict[str, Any]) -> str:
-    verdict = "goal" if row["ratio"] >= row["goal"] else "bar"
-    verdict = verdict if row["ratio"] >= row["bar"] else "below"
+    wanted = [f"{name} {row[name]}" for name in ("bar", "goal") if row[name] is not None]
     return (
-        "{op} | {case} | {dtype} | {peer} | {ratio}x ({low} to {high}) | bar {bar}, goal {goal}"
-    ).format(**row) + f" | {verdict}"
+        "{op} | {case} | {dtype} | {peer} | {ratio}x ({low} to {high})".format(**row)
+        + f" | {', '.join(wanted) or 'no bar'} | {verdict(row)}"
+    )
+
+
+def verdict(row: dict[str, Any]) -> str:
+    """Which of bar and goal a line has reached; empty for one without them."""
+    reached = [n for n in ("bar", "goal") if row[n] is not None and row["ratio"] >= row[n]]
+    return reached[-1] if reached else "" if row["bar"] is None else "below"
 
 
 if __name__ == "__main__":
