@@ -96,6 +96,15 @@ struct Kernels {
   // The dot products of one vector with each of some rows of D floats.
   void (*dot_rows)(const float* x, const float* row, int64_t stride, int64_t rows, int64_t D,
                    float* out);
+  // The sum of squares; double, so that no finite row overflows it, and none but zeros vanishes.
+  double (*square)(const float* row, int64_t C);
+  void (*scale)(float* row, int64_t C, double factor);
+  // The largest x[j] + penalty[j], and -inf of none.
+  float (*largest)(const float* x, const float* penalty, int64_t count);
+  // The largest x[j] where key[j] >= low, and each of_column[j] raised to x[j] where key[j] <=
+  // high. A key of NaN is neither.
+  float (*largest_of_pairs)(const float* x, const float* key, int64_t count, float low, float high,
+                            float* of_column);
   // to[j] += decay[min(|query - key[j]|, last)]
   void (*add_by_distance)(const float* decay, uint32_t last, int32_t query, const int32_t* key,
                           int64_t count, float* to);
