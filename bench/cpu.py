@@ -9,6 +9,7 @@ whole models (bench/cpu_model.py).
 
 import argparse
 import json
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -204,20 +205,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--json", type=Path, help="where the rows go")
     parser.add_argument("--seconds", type=float, default=5.0, help="about, for one side of a line")
-    parser.add_argument("--only", default="", help="lines that have this in them")
+    parser.add_argument(
+        "--only", action="append", help="lines that have this in them; more than once: any of these"
+    )
     parser.add_argument("--list", action="store_true", help="print the lines, measure nothing")
     a = parser.parse_args(argv)
     lines = (*goals(), *cpu_model.lines())
-    chosen = [g for g in lines if a.only in f"{g.op} | {g.case} | {g.dtype} | {g.peer}"]
+    only = a.only or [""]
+    names = {f"{g.op} | {g.case} | {g.dtype} | {g.peer}": g for g in lines}
+    chosen = [g for name, g in names.items() if any(part in name for part in only)]
     if not chosen:
-        parser.error(f"--only: no line has {a.only!r} in it")
+        parser.error(f"--only: no line has {' or '.join(only)} in it")
     if a.list:
         for g in chosen:
             print(f"{g.op} | {g.case} | {g.dtype} | {g.peer} | {g.bar} | {g.goal}")
         return 0
     torch.set_num_threads(1)
     made = {
-        "command": f"python -m bench.cpu --seconds {a.seconds}",
+        "command": shlex.join(
+            ["python", "-m", "bench.cpu", "--seconds", f"{a.seconds:g}"]
+            + [word for part in a.only or () for word in ("--only", part)]
+        ),
         "machine": machine("cpu"),
         "level": _C.cpu_levels.split()[-1],
         "torch": torch.__version__,
