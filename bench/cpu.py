@@ -32,6 +32,7 @@ from bench.bench_select_diverse import Case as DiverseCase
 from bench.gpu import attention, tokens
 from bench.harness import OURS, Ready, compare
 from bench.machine import commit, machine
+from bench.measured import reached
 from bench.provider import Peer, Provider, as_peer
 from restore_ext import _C
 from restore_ext.bench.plain import merged_with
@@ -251,14 +252,8 @@ def line(row: dict[str, Any]) -> str:
     wanted = [f"{name} {row[name]}" for name in ("bar", "goal") if row[name] is not None]
     return (
         "{op} | {case} | {dtype} | {peer} | {ratio}x ({low} to {high})".format(**row)
-        + f" | {', '.join(wanted) or 'no bar'} | {verdict(row)}"
+        + f" | {', '.join(wanted) or 'no bar'} | {reached(row)['reached']}"
     )
-
-
-def verdict(row: dict[str, Any]) -> str:
-    """Which of bar and goal a line has reached; empty for one without them."""
-    reached = [n for n in ("bar", "goal") if row[n] is not None and row["ratio"] >= row[n]]
-    return reached[-1] if reached else "" if row["bar"] is None else "below"
 
 
 if __name__ == "__main__":
