@@ -3,11 +3,13 @@
 Each line holds an operator against a peer in this process, in turns, on one thread, by the thread's
 own time: the ratio is the peer's time to ours, median and 20th to 80th percentile of its rounds.
 The bars are meant for a core with AVX512-BF16, 16 bits wide; a narrower machine says what it can.
-RESTORE_EXT_CPU names the level of ours, by default the best there is.
+RESTORE_EXT_CPU names the level of ours, by default the best there is. The last lines are about
+whole models (bench/cpu_model.py).
 """
 
 import argparse
 import json
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +23,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
 import restore_ext
-from bench import clock
+from bench import clock, cpu_model
 from bench.bench_calibrated_attention import prompt
 from bench.bench_decode import step
 from bench.bench_match_bipartite import Case as MatchCase
@@ -30,6 +32,7 @@ from bench.bench_select_diverse import Case as DiverseCase
 from bench.gpu import attention, tokens
 from bench.harness import OURS, Ready, compare
 from bench.machine import commit, machine
+from bench.measured import reached
 from bench.provider import Peer, Provider, as_peer
 from restore_ext import _C
 from restore_ext.bench.plain import merged_with
@@ -203,19 +206,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--json", type=Path, help="where the rows go")
     parser.add_argument("--seconds", type=float, default=5.0, help="about, for one side of a line")
-    parser.add_argument("--only", default="", help="lines that have this in them")
+    parser.add_argument(
+        "--only", action="append", help="lines that have this in them; more than once: any of these"
+    )
     parser.add_argument("--list", action="store_true", help="print the lines, measure nothing")
     a = parser.parse_args(argv)
-    chosen = [g for g in goals() if a.only in f"{g.op} | {g.case} | {g.dtype} | {g.peer}"]
+    lines = (*goals(), *cpu_model.lines())
+    only = a.only or [""]
+    names = {f"{g.op} | {g.case} | {g.dtype} | {g.peer}": g for g in lines}
+    chosen = [g for name, g in names.items() if any(part in name for part in only)]
     if not chosen:
-        parser.error(f"--only: no line has {a.only!r} in it")
+        parser.error(f"--only: no line has {' or '.join(only)} in it")
     if a.list:
         for g in chosen:
             print(f"{g.op} | {g.case} | {g.dtype} | {g.peer} | {g.bar} | {g.goal}")
         return 0
     torch.set_num_threads(1)
     made = {
-        "command": f"python -m bench.cpu --seconds {a.seconds}",
+        "command": shlex.join(
+            ["python", "-m", "bench.cpu", "--seconds", f"{a.seconds:g}"]
+            + [word for part in a.only or () for word in ("--only", part)]
+        ),
         "machine": machine("cpu"),
         "level": _C.cpu_levels.split()[-1],
         "torch": torch.__version__,
@@ -231,17 +242,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(line(row), flush=True)
         if a.json is not None:
             a.json.write_text(json.dumps({"made": made, "rows": rows}, indent=1) + "\n")
-    below = sum(row["ratio"] < row["bar"] for row in rows)
-    print(f"{len(rows) - below} of {len(rows)} lines at their bar or above")
+    barred = [row for row in rows if row["bar"] is not None]
+    above = sum(row["ratio"] >= row["bar"] for row in barred)
+    print(f"{above} of {len(barred)} lines at their bar or above")
     return 0
 
 
 def line(row: dict[str, Any]) -> str:
-    verdict = "goal" if row["ratio"] >= row["goal"] else "bar"
-    verdict = verdict if row["ratio"] >= row["bar"] else "below"
+    wanted = [f"{name} {row[name]}" for name in ("bar", "goal") if row[name] is not None]
     return (
-        "{op} | {case} | {dtype} | {peer} | {ratio}x ({low} to {high}) | bar {bar}, goal {goal}"
-    ).format(**row) + f" | {verdict}"
+        "{op} | {case} | {dtype} | {peer} | {ratio}x ({low} to {high})".format(**row)
+        + f" | {', '.join(wanted) or 'no bar'} | {reached(row)['reached']}"
+    )
 
 
 if __name__ == "__main__":

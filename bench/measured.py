@@ -1,7 +1,10 @@
-"""The tables of docs/bench.md, from what `restore-ext bench ... --output` left in bench/results."""
+"""The tables of docs/bench.md, from what `restore-ext bench ... --output` and bench.cpu left in
+bench/results."""
 
+import json
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 from bench.machine import ROOT
 from restore_ext.bench import guard, ops, prefill, serving
@@ -48,6 +51,31 @@ def _by_tokens(rows: Sequence[Row]) -> str:
     return markdown(list(table.values()), columns)
 
 
+def cpu_lines() -> str:
+    """What `python -m bench.cpu --json` kept: every line, and what it was measured with."""
+    kept = json.loads((RESULTS / "cpu_avx2.json").read_text())
+    titles = {"op": "what", "case": "case", "dtype": "dtype", "peer": "beside"}
+    columns = [Column(key, title, number=False) for key, title in titles.items()]
+    columns.append(Column("ratio", "peer's time to ours", spread=True))
+    columns += [Column(name, name) for name in ("bar", "goal", "reached")]
+    rows = []
+    for row in kept["rows"]:
+        wanted = {name: "" if row[name] is None else str(row[name]) for name in ("bar", "goal")}
+        ratio = {"ratio": row["ratio"], "ratio_p20": row["low"], "ratio_p80": row["high"]}
+        names = {name: row[name] for name in titles}
+        rows.append(names | {k: str(v) for k, v in ratio.items()} | wanted | reached(row))
+    made = kept["made"]
+    said = "`{command}`: {machine}, level {level}, torch {torch}, commit {commit}".format(**made)
+    return f"{markdown(rows, columns)}\n\n{said}."
+
+
+def reached(row: dict[str, Any]) -> Row:
+    """Which of bar and goal a line has reached; "" for one without them."""
+    wanted = [name for name in ("bar", "goal") if row[name] is not None]
+    met = [name for name in wanted if row["ratio"] >= row[name]]
+    return {"reached": met[-1] if met else "below" if wanted else ""}
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "methods-pocket": partial(shown, "pocket/methods", prefill.COLUMNS),
     "methods-random": partial(shown, "llava-8x512/methods", prefill.COLUMNS),
@@ -56,4 +84,5 @@ TABLES: dict[str, Callable[[], str]] = {
     "attention": partial(shown, "pocket/attention", serving.ATTENTION_COLUMNS),
     "ops": partial(shown, "ops/ops", ops.COLUMNS),
     "guard": guards,
+    "cpu": cpu_lines,
 }

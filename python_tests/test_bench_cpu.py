@@ -1,12 +1,15 @@
 """What the CPU kernels are held to: every line can be measured, and says what came out."""
 
 import json
+from dataclasses import replace
 
 import pytest
+import torch
 
-from bench import cpu
+from bench import cpu, cpu_model
 from bench.gpu import tokens
 from restore_ext import merge_tokens
+from restore_ext.bench import random_llava
 from restore_ext.bench.plain import merged_with
 from restore_ext.testing.tokens import MergeCase, check_merge_tokens
 
@@ -31,6 +34,7 @@ def test_a_line_is_measured_kept_and_judged(
     tmp_path, monkeypatch, capsys, bar, goal, verdict, status
 ):
     monkeypatch.setattr(cpu, "goals", lambda: iter([a_line(bar=bar, goal=goal)]))
+    monkeypatch.setattr(cpu_model, "lines", lambda: iter(()))
     file = tmp_path / "rows.json"
     assert cpu.main(["--seconds", "0", "--json", str(file)]) == 0
     said = capsys.readouterr().out.splitlines()
@@ -39,6 +43,30 @@ def test_a_line_is_measured_kept_and_judged(
     (row,) = content["rows"]
     assert row["ratio"] > 0 and row["low"] <= row["ratio"] <= row["high"]
     assert row["peer_us"] > 0 and row["us"] > 0 and content["made"]["level"] in said[0]
+
+
+def tiny():
+    shape = random_llava.Shape()
+    return random_llava.build(shape, "cpu", torch.float32), random_llava.prompt(
+        shape, 1, "cpu", torch.float32
+    )
+
+
+def test_a_whole_model_has_its_lines(monkeypatch, capsys):
+    lines = list(cpu_model.lines())
+    assert len({(g.op, g.case, g.peer) for g in lines}) == len(lines) == 12
+    assert [g.bar for g in lines if g.op == "reduction"] == [None, None, 20, 20]
+    monkeypatch.setattr(cpu, "goals", lambda: iter(()))
+    monkeypatch.setattr(cpu_model, "KEEP", 16)
+    few = [replace(g, subject=tiny, method="divprune") for g in lines[:3]]
+    monkeypatch.setattr(cpu_model, "lines", lambda: few)
+    assert cpu.main(["--seconds", "0"]) == 0
+    assert "0 of 0 lines at their bar or above" in capsys.readouterr().out
+    whole, rest, share = (g.measure(0) for g in few)
+    assert whole["us"] > rest["us"] > share["us"] > 0 and whole["peer_us"] > rest["peer_us"]
+    assert share["peer_us"] == whole["us"] and share["ratio"] > 1
+    parts = cpu_model.rounds(tiny, "divprune", 0)
+    assert all(len(seen) == 2 for seen in parts.values()) and len(parts) == 5
 
 
 def test_an_answer_that_is_wrong_is_not_timed():

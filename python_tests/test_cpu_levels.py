@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from restore_ext import _C, ops, testing
-from restore_ext.testing import attention, row_scores, tokens
+from restore_ext.testing import attention, paged, row_scores, tokens
 from restore_ext.testing.attention import AttentionCase
+from restore_ext.testing.paged import PagedCase
 from restore_ext.testing.row_scores import RowScoresCase
 from restore_ext.testing.tokens import TokenCase
 
@@ -29,6 +30,28 @@ def test_attention(case, dtype, level):
     attention.assert_within_twice_sdpa(ops.calibrated_attention(**given, return_lse=True), given)
 
 
+def test_the_logarithm_of_distances(level):
+    """Queries of zeros and one key: the log-sum-exp is log(2 - rho) itself."""
+    spread = torch.linspace(-9, 1, 4000).exp2()
+    table = torch.cat([2 - spread, 1 + spread / 500, 1 - spread / 500])
+    special = [2.0, 1.0, 0.0, -1.0, 3.0, torch.nan, 2 - 2**-23, 2 - 2**-22, 1 + 2**-23]
+    table = torch.cat([table, torch.tensor(special)])
+    count = len(table)
+    for axes in (1, 2):
+        _, lse = ops.calibrated_attention(
+            torch.zeros(1, 1, count, 32),
+            torch.zeros(1, 1, 1, 32),
+            torch.zeros(1, 1, 1, 32),
+            query_position=torch.arange(count, dtype=torch.int32)[None],
+            key_position=torch.zeros(1, 1, dtype=torch.int32),
+            decay=torch.stack([table / axes] * axes),
+            causal=False,
+            return_lse=True,
+        )
+        expected = (2 - table).double().log().float()
+        torch.testing.assert_close(lse[0, 0], expected, rtol=3e-7, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("Lq", [1, 2, 3, 5, 7])
 def test_attention_of_few_queries(Lq, level):
     """Rows in fours, in twos and one by one; more than one stretch of keys, the last not full."""
@@ -42,6 +65,28 @@ def test_attention_of_few_queries(Lq, level):
 def test_attention_over_more_keys_than_a_stretch(level):
     given = AttentionCase(Hq=10, Hkv=2, Lq=50, Lk=2600, D=32, ranges="image").arguments()
     attention.assert_within_twice_sdpa(ops.calibrated_attention(**given, return_lse=True), given)
+
+
+@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("case", paged.CASES, ids=str)
+def test_attention_over_pages(case, dtype, level):
+    given = case.arguments("cpu", dtype)
+    answer = ops.calibrated_attention_paged(**given, return_lse=True)
+    attention.assert_within_twice_sdpa(answer, paged.contiguous(given))
+
+
+@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+def test_a_cache_in_one_page_is_a_cache_in_a_row(dtype, level):
+    """The same loops over the same keys, some of them padding: bit for bit."""
+    case = PagedCase(page=256, lengths=(250, 600), holes=True, P=64, positions="merged", axes=3)
+    given = case.arguments("cpu", dtype)
+    out, lse = ops.calibrated_attention_paged(**given, return_lse=True)
+    for b in range(2):
+        own = ("query", "query_position", "block_table", "seqlens")
+        row = {k: given[k][b, None] for k in own}
+        row = paged.contiguous(given | row)
+        expected = ops.calibrated_attention(**row, return_lse=True)
+        testing.assert_same_bits((out[b, None], lse[b, None]), expected)
 
 
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
@@ -66,6 +111,8 @@ def test_any_number_of_threads_gives_the_same_bits(level):
     x = TokenCase(N=400, C=256).x()
     long = AttentionCase(Hq=10, Hkv=2, Lq=100, Lk=1300, D=64).arguments()
     short = AttentionCase(Hq=10, Hkv=2, Lq=1, Lk=1300, D=64).arguments()
+    pages = PagedCase(Hq=10, lengths=(1300, 40), P=64, axes=3, positions="merged").arguments()
+    many = PagedCase(Hq=10, Lq=40, lengths=(300, 80)).arguments()
     rows = [RowScoresCase(Hq=10, Hkv=2, Lq=L, Lk=1300, D=64).arguments() for L in (1, 100)]
     for fn in (
         lambda: ops.row_scores(**rows[0]),
@@ -75,6 +122,8 @@ def test_any_number_of_threads_gives_the_same_bits(level):
         lambda: ops.select_diverse(x, 20),
         lambda: ops.calibrated_attention(**long, return_lse=True),
         lambda: ops.calibrated_attention(**short, return_lse=True),
+        lambda: ops.calibrated_attention_paged(**pages, return_lse=True),
+        lambda: ops.calibrated_attention_paged(**many, return_lse=True),
     ):
         testing.assert_same_bits_every_run(fn)
 

@@ -77,6 +77,22 @@ def test_measured_pages_have_every_row_and_say_on_what():
     assert {row["way"].split()[0] for row in kept} == {"all", *list_methods()}
 
 
+def test_the_lines_of_the_cpu_have_their_verdict(monkeypatch, tmp_path):
+    row = {"op": "o", "case": "c", "dtype": "float32", "peer": "p", "low": 1.4, "high": 2.0}
+    wanted = [(1.5, 1.4, 2.5, "bar"), (1.5, 1.6, None, "below"), (3.0, 2, 3.0, "goal")]
+    wanted += [(1.5, None, None, "")]
+    rows = [row | {"ratio": r, "bar": bar, "goal": goal} for r, bar, goal, _ in wanted]
+    made = dict.fromkeys(("command", "machine", "level", "torch", "commit"), "known")
+    (tmp_path / "cpu_avx2.json").write_text(json.dumps({"made": made, "rows": rows}))
+    monkeypatch.setattr(measured, "RESULTS", tmp_path)
+    lines = measured.cpu_lines().splitlines()
+    for line, (ratio, bar, goal, verdict) in zip(lines[2:6], wanted, strict=True):
+        cells = [cell.strip() for cell in line.split("|")[5:9]]
+        said = ["" if x is None else str(x) for x in (bar, goal)]
+        assert cells == [f"{ratio} (1.4 to 2.0)", *said, verdict]
+    assert lines[-1] == "`known`: known, level known, torch known, commit known."
+
+
 def test_the_guard_is_a_line_for_each_number_of_tokens(monkeypatch, tmp_path):
     (tmp_path / "m").mkdir()
     spread = "{0}_p20,{0}_p80"

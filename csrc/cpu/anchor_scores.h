@@ -25,9 +25,11 @@ inline std::vector<float> densities(const UnitRows& rows) {
 // RESTORE, Eq. 5.
 inline std::vector<float> anchor_scores(const UnitRows& rows, bool against_denser) {
   const std::vector<float> density = densities(rows);
-  const std::vector<float> closest = nearest(rows, [&](int64_t i, int64_t j) {
-    return against_denser ? density[j] > density[i] : density[j] < density[i];
-  });
+  std::vector<float> rank = density;
+  if (!against_denser) {
+    for (float& x : rank) x = -x;
+  }
+  const std::vector<float> closest = nearest(rows, std::move(rank), /*all=*/false);
   std::vector<float> score(rows.n, kNever);
   for (int64_t i = 0; i < rows.n; ++i) {
     if (!rows.comparable[i]) continue;

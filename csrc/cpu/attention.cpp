@@ -4,6 +4,7 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <cmath>
+#include <numeric>
 
 namespace restore_ext::cpu {
 
@@ -31,9 +32,9 @@ bool AttentionParams::has_padding(int64_t b, Range keys) const {
 const float* AttentionParams::rows_of(const Heads& heads, int64_t b, int64_t h, Range keys,
                                       bool copy, std::vector<float>& scratch,
                                       int64_t& stride) const {
-  const float* row = heads.in_place(b, h, keys.first);
+  const void* row = heads.in_place(b, h, keys.first);
   stride = heads.stride_l;
-  if (row && !copy) return row;
+  if (row && !copy && heads.dtype == ScalarType::Float) return static_cast<const float*>(row);
   stride = size.D;
   for (int64_t j = keys.first; j < keys.past; ++j) {
     float* to = &scratch[(j - keys.first) * stride];
@@ -48,41 +49,43 @@ const float* AttentionParams::rows_of(const Heads& heads, int64_t b, int64_t h, 
 
 void AttentionParams::fill_bias(int64_t b, int64_t i, int64_t first, int64_t count, Range seen,
                                 float* bias) const {
-  seen = seen.within({first, first + count});
-  if (seen.empty()) {
-    std::fill_n(bias, count, kNever);
-    return;
-  }
-  bias -= first;  // from here on a key's own index counts
-  std::fill(bias + first, bias + seen.first, kNever);
-  std::fill(bias + seen.past, bias + first + count, kNever);
-  if (log_size) {
-    const float* own = log_size + b * size.Lk;
-    std::copy(own + seen.first, own + seen.past, bias + seen.first);
-  } else {
-    std::fill(bias + seen.first, bias + seen.past, 0.f);
-  }
-  if (!decay) return;
+  std::fill_n(bias, count, kNever);
+  each_run(b, seen.within({first, first + count}), [&](const Run& run) {
+    float* gain = bias + (run.index - first);
+    if (log_size) {
+      std::copy_n(log_size + run.page * pages.page + run.slot, run.count, gain);
+    } else {
+      std::fill_n(gain, run.count, 0.f);
+    }
+    if (decay) add_distance(b, i, run, gain);
+  });
+}
 
-  // Unsigned: the distance of two int32 may pass 2^31.
+void AttentionParams::add_distance(int64_t b, int64_t i, const Run& run, float* gain) const {
+  constexpr int64_t kPiece = 128;
+  int32_t index[kPiece];
+  float rho[kPiece];
   const auto last = static_cast<uint32_t>(std::min<int64_t>(size.P - 1, UINT32_MAX));
-  const auto distance = [last](int32_t a, int32_t b) {
-    const auto high = static_cast<uint32_t>(std::max(a, b));
-    return std::min(high - static_cast<uint32_t>(std::min(a, b)), last);
-  };
-  if (decay_is_log) {
-    const int32_t at_query = query_position.at(b, 0, i);
-    for (int64_t j = seen.first; j < seen.past; ++j) {
-      bias[j] += decay[distance(at_query, key_position.at(b, 0, j))];
+  for (int64_t begin = 0; begin < run.count; begin += kPiece) {
+    const int64_t some = std::min(kPiece, run.count - begin);
+    float* sum = gain + begin;
+    if (!decay_is_log) {
+      sum = rho;
+      std::fill_n(rho, some, 0.f);
     }
-    return;
-  }
-  for (int64_t j = seen.first; j < seen.past; ++j) {
-    float rho = 0;
     for (int64_t g = 0; g < size.G; ++g) {
-      rho += decay[g * size.P + distance(query_position.at(b, g, i), key_position.at(b, g, j))];
+      const int32_t* keys = index;
+      if (key_position.data) {
+        keys = key_position.of(run.page, g) + run.slot + begin;
+      } else if (g == 0) {
+        std::iota(index, index + some, static_cast<int32_t>(run.index + begin));
+      }
+      const int32_t query = query_position.data
+                                ? query_position.of(b, g)[i]
+                                : static_cast<int32_t>(pages.length(b) - size.Lq + i);
+      kernels().add_by_distance(decay + g * size.P, last, query, keys, some, sum);
     }
-    bias[j] += std::log(2.f - rho);
+    if (!decay_is_log) kernels().add_log(rho, some, gain + begin);
   }
 }
 
@@ -111,23 +114,24 @@ AttentionParams AttentionArguments::params(const Sizes& size, const Tensor& quer
     if (*t) *t = torch::stable::contiguous(**t);
   }
   const bool decay_is_log = decay && size.G == 1;
-  log_decay.resize(decay_is_log ? size.P : 0);
-  for (size_t distance = 0; distance < log_decay.size(); ++distance) {
-    log_decay[distance] = std::log(2.f - decay->const_data_ptr<float>()[distance]);
+  log_decay.assign(decay_is_log ? size.P : 0, 0.f);
+  if (decay_is_log) {
+    kernels().add_log(decay->const_data_ptr<float>(), size.P, log_decay.data());
   }
-  const auto positions = [&size](const contract::OptionalTensor& t, int64_t L, int64_t start) {
-    if (!t) return Positions{nullptr, 0, 0, start};
+  const auto positions = [&size](const contract::OptionalTensor& t, int64_t L) {
+    if (!t) return Positions{nullptr, 0, 0};
     const bool has_axes = t->dim() == 3;
-    return Positions{t->const_data_ptr<int32_t>(), has_axes ? size.G * L : L, has_axes ? L : 0, 0};
+    return Positions{t->const_data_ptr<int32_t>(), has_axes ? size.G * L : L, has_axes ? L : 0};
   };
   return {
       .size = size,
       .query = Heads(query),
       .key = Heads(key),
       .value = Heads(value),
+      .pages = {.page = size.Lk},
       .log_size = log_size ? log_size->const_data_ptr<float>() : nullptr,
-      .query_position = positions(query_position, size.Lq, size.Lk - size.Lq),
-      .key_position = positions(key_position, size.Lk, 0),
+      .query_position = positions(query_position, size.Lq),
+      .key_position = positions(key_position, size.Lk),
       .decay = decay_is_log ? log_decay.data()
                : decay      ? decay->const_data_ptr<float>()
                             : nullptr,

@@ -49,13 +49,30 @@ struct AttendTask {
   float *max, *sum;  // [kQueries]
 };
 
-// Some queries of one key head against a stretch of keys, read where they lie.
+enum class Element { kFloat, kHalf, kBfloat16 };
+struct Half {
+  uint16_t bits;
+};
+struct Bfloat16 {
+  uint16_t bits;
+};
+
+// Keys and values [count, D] in one piece each, and the first one's column among those of a task.
+struct Piece {
+  const void *key, *value;
+  int64_t column, count;
+};
+
+// Some queries of one key head against at most kKeys keys, read where they lie. What is in none of
+// the pieces has a bias of -inf.
 struct DecodeTask {
   int64_t rows, keys, D, Dp;
-  const float* query;        // [rows, D]
-  const float *key, *value;  // [keys, D] with the strides below
-  int64_t key_stride, value_stride;
-  const float* bias;  // [rows, bias_stride]
+  const float* query;  // [rows, D]
+  const Piece* pieces;
+  int64_t count;  // of pieces
+  Element element;
+  int64_t key_stride, value_stride;  // in elements
+  const float* bias;                 // [rows, bias_stride]
   int64_t bias_stride;
   float scale, softcap;
   float* out;        // [rows, Dp]
@@ -79,6 +96,20 @@ struct Kernels {
   // The dot products of one vector with each of some rows of D floats.
   void (*dot_rows)(const float* x, const float* row, int64_t stride, int64_t rows, int64_t D,
                    float* out);
+  // The sum of squares; double, so that no finite row overflows it, and none but zeros vanishes.
+  double (*square)(const float* row, int64_t C);
+  void (*scale)(float* row, int64_t C, double factor);
+  // The largest x[j] + penalty[j], and -inf of none.
+  float (*largest)(const float* x, const float* penalty, int64_t count);
+  // The largest x[j] where key[j] >= low, and each of_column[j] raised to x[j] where key[j] <=
+  // high. A key of NaN is neither.
+  float (*largest_of_pairs)(const float* x, const float* key, int64_t count, float low, float high,
+                            float* of_column);
+  // to[j] += decay[min(|query - key[j]|, last)]
+  void (*add_by_distance)(const float* decay, uint32_t last, int32_t query, const int32_t* key,
+                          int64_t count, float* to);
+  // to[j] += log(2 - rho[j])
+  void (*add_log)(const float* rho, int64_t count, float* to);
   // A row of products, in whole vectors, and what they gain (-inf: unseen), become the weights
   // exp(logit - max); the row's running maximum and sum of weights take them up.
   void (*sum_weights)(float* product, const float* bias, int64_t count, float scale, float softcap,

@@ -1,6 +1,6 @@
-// Compiled once a level, after its vectors: Floats, kLanes, kVectors (of a register tile), fma,
-// broadcast, load, store, transpose. No include guard: every level_<name>.cpp takes it into its own
-// namespace.
+// Compiled once a level, after its vectors: Floats, Bits, kLanes, kVectors (of a register tile),
+// fma, broadcast, load and scalar (of float, Half and Bfloat16), store, transpose. No include
+// guard: every level_<name>.cpp takes it into its own namespace.
 
 constexpr int kPanel = kLanes * kVectors;
 
@@ -21,6 +21,26 @@ inline Floats exp_of_negative(Floats x) {
   return x < -87.f ? Floats{} : y * power;  // power is 2^n
 }
 
+// log(x), to about an ulp, for x that is no subnormal; where it has no value, as std::log.
+inline Floats log_of(Floats x) {
+  constexpr uint32_t kOne = 0x3f800000, kRootOfHalf = 0x3f3504f3;
+  const Bits bits = reinterpret_cast<Bits>(x) + (kOne - kRootOfHalf);
+  // x = 2^n (1 + f) with 1 + f from sqrt(1/2) to sqrt(2).
+  const Floats n = __builtin_convertvector(reinterpret_cast<Integers>(bits) >> 23, Floats) - 127.f;
+  const Floats f = reinterpret_cast<Floats>((bits & 0x7fffff) + kRootOfHalf) - 1.f;
+  // log(1 + f) = 2 s + 2/3 s^3 + 2/5 s^5 + ..., where 2 s = f - s f: what is added to f is small.
+  const Floats s = f / (f + 2.f), z = s * s, half = f * f * 0.5f;
+  Floats y = fma(z, broadcast(2.f / 9), broadcast(2.f / 7));
+  y = fma(y, z, broadcast(2.f / 5));
+  y = fma(y, z, broadcast(2.f / 3));
+  y = s * fma(y, z, half);
+  y = fma(n, broadcast(1.42860682e-6f), y);  // n log 2, in two steps, the larger one exact
+  y = fma(n, broadcast(0x1.62e4p-1f), f - (half - y));
+  const Floats none =
+      x == 0.f ? broadcast(kNever) : broadcast(std::numeric_limits<float>::quiet_NaN());
+  return x < -kNever ? (x > 0.f ? y : none) : x;
+}
+
 inline float largest(Floats x) {
   float most = x[0];
   for (int i = 1; i < kLanes; ++i) most = x[i] > most ? x[i] : most;
@@ -36,8 +56,8 @@ inline float total(Floats x) {
 
 // c[rows, vectors] (+)= a[kRows, inner] . b[inner, vectors]. Short sums of sums: the rounding error
 // grows with the longer of the two, not with their product.
-template <int rows, int vectors>
-inline void tile(const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c,
+template <int rows, int vectors, typename T>
+inline void tile(const float* a, int64_t a_stride, const T* b, int64_t b_stride, float* c,
                  int64_t c_stride, int64_t inner, bool add) {
   constexpr int64_t kTerms = 64;
   for (int64_t first = 0; first == 0 || first < inner; first += kTerms) {
@@ -72,8 +92,8 @@ inline void tile(const float* a, int64_t a_stride, const float* b, int64_t b_str
 }
 
 // The same for any number of columns in whole vectors, added to what c holds.
-template <int rows, int vectors>
-inline void tiles(const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c,
+template <int rows, int vectors, typename T>
+inline void tiles(const float* a, int64_t a_stride, const T* b, int64_t b_stride, float* c,
                   int64_t c_stride, int64_t inner, int64_t columns) {
   int64_t column = 0;
   for (; column + vectors * kLanes <= columns; column += vectors * kLanes) {
@@ -200,8 +220,8 @@ void attend(const AttendTask& t) {
 }
 
 // rows x keys dot products of vectors of D floats, read where they lie.
-template <int rows, int keys>
-inline void dots(const float* query, int64_t D, const float* key, int64_t key_stride, float* logit,
+template <int rows, int keys, typename T>
+inline void dots(const float* query, int64_t D, const T* key, int64_t key_stride, float* logit,
                  int64_t logit_stride) {
   Floats sum[rows][keys];
 #pragma GCC unroll 8
@@ -226,75 +246,110 @@ inline void dots(const float* query, int64_t D, const float* key, int64_t key_st
 #pragma GCC unroll 8
     for (int k = 0; k < keys; ++k) {
       float rest = 0;
-      for (int64_t i = d; i < D; ++i) rest += query[r * D + i] * key[k * key_stride + i];
+      for (int64_t i = d; i < D; ++i) rest += query[r * D + i] * scalar(key + k * key_stride + i);
       logit[r * logit_stride + k] = total(sum[r][k]) + rest;
     }
   }
 }
 
-// Some rows of a stretch, in blocks small enough to stay near the core between the two products.
-template <int rows>
+// Asks for a row from memory while something else is worked on.
+template <typename T>
+inline void prefetch_row(const T* row, int64_t D) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t d = 0; d < D; d += kLine) __builtin_prefetch(row + d);
+}
+
+// Some rows of a task, whose few keys stay near the core between the two products.
+template <int rows, typename T>
 inline void decode_rows(const DecodeTask& t, int64_t row) {
   constexpr int kWide = 8 / rows;  // eight sums at a time hide the latency of one
-  float logit[rows * kKeys];
   const float* query = t.query + row * t.D;
-  for (int64_t first = 0; first < t.keys; first += kKeys) {
-    const int64_t keys = std::min<int64_t>(kKeys, t.keys - first);
-    const float* key = t.key + first * t.key_stride;
+  float logit[rows * kKeys] = {};
+  for (const Piece* p = t.pieces; p < t.pieces + t.count; ++p) {
+    const T* key = static_cast<const T*>(p->key);
+    float* to = logit + p->column;
     int64_t j = 0;
-    for (; j + kWide <= keys; j += kWide) {
-      dots<rows, kWide>(query, t.D, key + j * t.key_stride, t.key_stride, logit + j, kKeys);
+    for (; j + kWide <= p->count; j += kWide) {
+      if (row == 0) {  // the next group of rows finds them near
+        const T* value = static_cast<const T*>(p->value) + j * t.value_stride;
+        for (int k = 0; k < kWide; ++k) prefetch_row(value + k * t.value_stride, t.D);
+      }
+      dots<rows, kWide>(query, t.D, key + j * t.key_stride, t.key_stride, to + j, kKeys);
     }
-    for (; j < keys; ++j) {
-      dots<rows, 1>(query, t.D, key + j * t.key_stride, t.key_stride, logit + j, kKeys);
+    for (; j < p->count; ++j) {
+      dots<rows, 1>(query, t.D, key + j * t.key_stride, t.key_stride, to + j, kKeys);
     }
-    const Range columns{0, round_up(keys, kLanes)};
-    for (int r = 0; r < rows; ++r) {
-      weigh(logit + r * kKeys, t.bias + (row + r) * t.bias_stride + first, columns, t.scale,
-            t.softcap, t.max[row + r], t.sum[row + r], t.out + (row + r) * t.Dp, t.Dp);
-    }
-    const int64_t whole = t.D / kLanes * kLanes;
-    const float* value = t.value + first * t.value_stride;
-    float* out = t.out + row * t.Dp;
-    tiles<rows, kWide>(logit, kKeys, value, t.value_stride, out, t.Dp, keys, whole);
+  }
+  for (int r = 0; r < rows; ++r) {
+    weigh(logit + r * kKeys, t.bias + (row + r) * t.bias_stride, {0, round_up(t.keys, kLanes)},
+          t.scale, t.softcap, t.max[row + r], t.sum[row + r], t.out + (row + r) * t.Dp, t.Dp);
+  }
+  const int64_t whole = t.D / kLanes * kLanes;
+  float* out = t.out + row * t.Dp;
+  for (const Piece* p = t.pieces; p < t.pieces + t.count; ++p) {
+    const T* value = static_cast<const T*>(p->value);
+    const float* weight = logit + p->column;
+    tiles<rows, kWide>(weight, kKeys, value, t.value_stride, out, t.Dp, p->count, whole);
     for (int64_t d = whole; d < t.D; ++d) {
       for (int r = 0; r < rows; ++r) {
         float sum = 0;
-        for (int64_t i = 0; i < keys; ++i)
-          sum += logit[r * kKeys + i] * value[i * t.value_stride + d];
+        for (int64_t i = 0; i < p->count; ++i) {
+          sum += weight[r * kKeys + i] * scalar(value + i * t.value_stride + d);
+        }
         out[r * t.Dp + d] += sum;
       }
     }
   }
 }
 
-void decode(const DecodeTask& t) {
+template <typename T>
+inline void decode_as(const DecodeTask& t) {
   int64_t row = 0;
-  for (; row + 4 <= t.rows; row += 4) decode_rows<4>(t, row);
-  for (; row + 2 <= t.rows; row += 2) decode_rows<2>(t, row);
-  for (; row < t.rows; ++row) decode_rows<1>(t, row);
+  for (; row + 4 <= t.rows; row += 4) decode_rows<4, T>(t, row);
+  for (; row + 2 <= t.rows; row += 2) decode_rows<2, T>(t, row);
+  for (; row < t.rows; ++row) decode_rows<1, T>(t, row);
 }
 
-void dot_rows(const float* x, const float* row, int64_t stride, int64_t rows, int64_t D,
-              float* out) {
+void decode(const DecodeTask& t) {
+  switch (t.element) {
+    case Element::kFloat:
+      return decode_as<float>(t);
+    case Element::kHalf:
+      return decode_as<Half>(t);
+    case Element::kBfloat16:
+      return decode_as<Bfloat16>(t);
+  }
+}
+
+// Rows of 16-bit floats, as float32.
+template <typename T>
+void widen(const uint16_t* from, float* to, int64_t count) {
+  const T* x = reinterpret_cast<const T*>(from);
   int64_t i = 0;
-  for (; i + 8 <= rows; i += 8) dots<1, 8>(x, D, row + i * stride, stride, out + i, 0);
-  for (; i < rows; ++i) dots<1, 1>(x, D, row + i * stride, stride, out + i, 0);
+  for (; i + kLanes <= count; i += kLanes) store(to + i, load(x + i));
+  for (; i < count; ++i) to[i] = scalar(x + i);
 }
 
-// What a level is made of: all of the above, and what reads 16 bits there.
-constexpr Kernels level(const char* name, decltype(Kernels::from_half) from_half,
-                        decltype(Kernels::from_bfloat16) from_bfloat16) {
+#include "kernels_rows_body.h"
+
+// What a level is made of.
+constexpr Kernels level(const char* name) {
   return {
       .name = name,
       .lanes = kLanes,
       .panel = kPanel,
       .pack = pack,
-      .from_half = from_half,
-      .from_bfloat16 = from_bfloat16,
+      .from_half = widen<Half>,
+      .from_bfloat16 = widen<Bfloat16>,
       .pack_panel = pack_panel,
       .multiply = multiply,
       .dot_rows = dot_rows,
+      .square = square,
+      .scale = scale,
+      .largest = largest,
+      .largest_of_pairs = largest_of_pairs,
+      .add_by_distance = add_by_distance,
+      .add_log = add_log,
       .sum_weights = sum_weights,
       .share_weights = share_weights,
       .attend = attend,

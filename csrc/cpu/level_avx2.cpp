@@ -4,6 +4,8 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
+#include <bit>
+
 // From here on, and not before: what the headers above define may be shared with other levels.
 #pragma GCC target("avx2,fma,f16c")
 
@@ -13,8 +15,17 @@ namespace {
 constexpr int kLanes = 8, kVectors = 2;
 typedef __m256 Floats;
 typedef uint32_t Bits __attribute__((vector_size(32)));
+typedef int32_t Integers __attribute__((vector_size(32)));
 
+inline __m128i words(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
 inline Floats load(const float* p) { return _mm256_loadu_ps(p); }
+inline Floats load(const Half* p) { return _mm256_cvtph_ps(words(p)); }
+inline Floats load(const Bfloat16* p) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(words(p)), 16));
+}
+inline float scalar(const float* p) { return *p; }
+inline float scalar(const Half* p) { return _cvtsh_ss(p->bits); }
+inline float scalar(const Bfloat16* p) { return std::bit_cast<float>(uint32_t{p->bits} << 16); }
 inline void store(float* p, Floats x) { _mm256_storeu_ps(p, x); }
 inline Floats broadcast(float x) { return _mm256_set1_ps(x); }
 inline Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
@@ -41,24 +52,9 @@ inline void transpose(Floats (&x)[kLanes]) {
 
 #include "kernels_body.h"
 
-void from_half(const uint16_t* from, float* to, int64_t count) {
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    store(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
-  }
-  for (; i < count; ++i) to[i] = _cvtsh_ss(from[i]);
-}
-
-void from_bfloat16(const uint16_t* from, float* to, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) {
-    const uint32_t bits = static_cast<uint32_t>(from[i]) << 16;
-    __builtin_memcpy(to + i, &bits, sizeof bits);
-  }
-}
-
 }  // namespace
 
-const Kernels kernels_avx2 = level("avx2", from_half, from_bfloat16);
+const Kernels kernels_avx2 = level("avx2");
 
 }  // namespace restore_ext::cpu
 #endif

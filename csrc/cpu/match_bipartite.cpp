@@ -8,31 +8,6 @@
 namespace restore_ext::cpu {
 namespace {
 
-// Every even row's most similar odd row. Rows 0, 2, 4, ... are even 0, 1, 2, ...
-struct Matching {
-  std::vector<float> similarity;  // [ceil(n / 2)]
-  std::vector<int64_t> partner;   // [ceil(n / 2)] a row
-};
-
-Matching match(const UnitRows& rows) {
-  const int64_t evens = (rows.n + 1) / 2;
-  Matching matching{std::vector<float>(evens, kNever), std::vector<int64_t>(evens, 1)};
-  const Slice even{rows, 0, 2, evens}, odd{rows, 1, 2, rows.n / 2};
-  similarities(even, Columns(odd), /*upper=*/false, [&](const Tile& tile) {
-    for (int64_t i = tile.rows.first; i < tile.rows.past; ++i) {
-      if (!rows.comparable[even.row(i)]) continue;
-      const float* similarity = tile.row(i);
-      for (int64_t j = tile.columns.first; j < tile.columns.past; ++j) {
-        if (similarity[j] > matching.similarity[i] && rows.comparable[odd.row(j)]) {
-          matching.similarity[i] = similarity[j];
-          matching.partner[i] = odd.row(j);
-        }
-      }
-    }
-  });
-  return matching;
-}
-
 std::tuple<Tensor, Tensor, Tensor> match_bipartite_cpu(const Tensor& metric, int64_t r,
                                                        const std::optional<Tensor>& budget,
                                                        const std::optional<Tensor>& valid,
@@ -53,12 +28,13 @@ std::tuple<Tensor, Tensor, Tensor> match_bipartite_cpu(const Tensor& metric, int
     int64_t* dst_b = dst.mutable_data_ptr<int64_t>() + b * R;
 
     const UnitRows rows(tokens, N, valid, b);
-    const Matching matching = match(rows);
-    std::vector<int64_t> order = falling(matching.similarity, class_token, (rows.n + 1) / 2);
+    // Every even row's most similar odd row. Rows 0, 2, 4, ... are even 0, 1, 2, ...
+    const Nearest match({rows, 0, 2, (rows.n + 1) / 2}, {rows, 1, 2, rows.n / 2});
+    std::vector<int64_t> order = falling(match.similarity, class_token, (rows.n + 1) / 2);
     const int64_t take = allowed(b, (rows.n - class_token) / 2);
     for (int64_t t = 0; t < take; ++t) {
       src_b[t] = rows.token[2 * order[t]];
-      dst_b[t] = rows.token[matching.partner[order[t]]];
+      dst_b[t] = rows.token[2 * match.column[order[t]] + 1];
     }
     order.erase(order.begin(), order.begin() + take);
     if (class_token && rows.n > 0) {

@@ -106,39 +106,14 @@ struct Budget {
   }
 };
 
-// Sixteen sums side by side, so that the compiler may use vectors without reordering anything.
-inline float dot(const float* a, const float* b, int64_t C) {
-  constexpr int kLanes = 16;
-  float sum[kLanes] = {};
-  int64_t c = 0;
-  for (; c + kLanes <= C; c += kLanes) {
-    for (int lane = 0; lane < kLanes; ++lane) sum[lane] += a[c + lane] * b[c + lane];
-  }
-  for (int lane = 0; c < C; ++c, ++lane) sum[lane] += a[c] * b[c];
-  for (int width = kLanes / 2; width > 0; width /= 2) {
-    for (int lane = 0; lane < width; ++lane) sum[lane] += sum[lane + width];
-  }
-  return sum[0];
-}
-
-// Scales a row to length 1, a row of zeros excepted. False, and zeros, if it has NaN or Inf. The
-// square is summed in double: no finite float32 row overflows it, none but zeros vanishes in it.
-inline bool make_unit(float* row, int64_t C) {
-  constexpr int kLanes = 4;
-  double sum[kLanes] = {};
-  int64_t c = 0;
-  for (; c + kLanes <= C; c += kLanes) {
-    for (int lane = 0; lane < kLanes; ++lane) sum[lane] += double{row[c + lane]} * row[c + lane];
-  }
-  for (; c < C; ++c) sum[0] += double{row[c]} * row[c];
-  const double square = (sum[0] + sum[1]) + (sum[2] + sum[3]);
-
+// Scales a row to length 1, a row of zeros excepted. False, and zeros, if it has NaN or Inf.
+inline bool make_unit(const Kernels& level, float* row, int64_t C) {
+  const double square = level.square(row, C);
   const bool comparable = std::isfinite(square);
   if (!comparable || square == 0) {
     std::fill_n(row, C, 0.f);
   } else {
-    const double scale = 1 / std::sqrt(square);
-    for (c = 0; c < C; ++c) row[c] = static_cast<float>(row[c] * scale);
+    level.scale(row, C, 1 / std::sqrt(square));
   }
   return comparable;
 }
@@ -163,20 +138,26 @@ struct UnitRows {
     }
     n = static_cast<int64_t>(token.size());
     comparable.resize(n);
-    units.reset(new float[n * C]);  // not filled with zeros first
+    units.reset(new float[n * C]);     // not filled with zeros first
+    const Kernels& level = kernels();  // not in a thread, which could not say that there is none
     each(n, 4 * C, [&](int64_t i) {
       float* row = units.get() + i * C;
       x.read(b, token[i], row);
-      comparable[i] = make_unit(row, C);
+      comparable[i] = make_unit(level, row, C);
     });
   }
 
-  const float* operator[](int64_t i) const { return units.get() + i * C; }
-
-  // Cosine; a row that cannot be compared is never similar.
-  float similarity(int64_t i, int64_t j) const {
-    return comparable[i] && comparable[j] ? dot((*this)[i], (*this)[j], C) : kNever;
+  // Some of the rows.
+  UnitRows(const UnitRows& from, const std::vector<int64_t>& some)
+      : n(static_cast<int64_t>(some.size())), C(from.C), units(new float[n * C]) {
+    for (int64_t i = 0; i < n; ++i) {
+      token.push_back(from.token[some[i]]);
+      comparable.push_back(from.comparable[some[i]]);
+      std::copy_n(from[some[i]], C, units.get() + i * C);
+    }
   }
+
+  const float* operator[](int64_t i) const { return units.get() + i * C; }
 };
 
 // The numbers first..past-1 in falling order of value[i], equal ones ascending.

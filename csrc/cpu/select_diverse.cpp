@@ -15,7 +15,7 @@ constexpr int64_t kSome = 64;
 
 void pick_diverse(const UnitRows& rows, int64_t k, int64_t* out) {
   // [n] distance to the nearest picked row; before the first pick, to the nearest neighbour.
-  std::vector<float> reach = nearest(rows, [](int64_t, int64_t) { return true; });
+  std::vector<float> reach = nearest(rows, std::vector<float>(rows.n), /*all=*/true);
   for (float& x : reach) x = 1 - x;
   std::vector<uint8_t> picked(rows.n);
   for (int64_t t = 0; t < k; ++t) {

@@ -88,29 +88,51 @@ inline void raise(float& most, float candidate) {  // any order gives the same m
   while (candidate > seen && !shared.compare_exchange_weak(seen, candidate)) continue;
 }
 
-// For every row, the largest similarity to another row that counts for it: `counts(i, j)` says
-// whether j is such a row for i. Each pair is multiplied once. -inf where there is none.
-template <typename Counts>
-std::vector<float> nearest(const UnitRows& rows, const Counts& counts) {
-  std::vector<float> most(rows.n, kNever);
-  const Slice all{rows, 0, 1, rows.n};
-  similarities(all, Columns(all), /*upper=*/true, [&](const Tile& tile) {
-    std::vector<float> of_column(tile.columns.past - tile.columns.first, kNever);
-    for (int64_t i = tile.rows.first; i < tile.rows.past; ++i) {
-      if (!rows.comparable[i]) continue;
-      const float* similarity = tile.row(i);
-      float of_row = kNever;
-      for (int64_t j = std::max(i + 1, tile.columns.first); j < tile.columns.past; ++j) {
-        if (!rows.comparable[j]) continue;
-        if (counts(i, j)) of_row = std::max(of_row, similarity[j]);
-        float& other = of_column[j - tile.columns.first];
-        if (counts(j, i)) other = std::max(other, similarity[j]);
+// The column that is most similar to each row of `a`, the first of equals. A row that cannot be
+// compared, or has nothing to be compared with, is given column 0 and a similarity of -inf.
+struct Nearest {
+  std::vector<float> similarity;
+  std::vector<int64_t> column;
+
+  Nearest(const Slice& a, const Slice& b) : similarity(a.count, kNever), column(a.count, 0) {
+    std::vector<float> penalty(b.count);
+    for (int64_t j = 0; j < b.count; ++j) penalty[j] = b.rows.comparable[b.row(j)] ? 0.f : kNever;
+    similarities(a, Columns(b), /*upper=*/false, [&](const Tile& tile) {
+      const int64_t first = tile.columns.first, count = tile.columns.past - first;
+      for (int64_t i = tile.rows.first; i < tile.rows.past; ++i) {
+        if (!a.rows.comparable[a.row(i)]) continue;
+        const float *x = tile.row(i) + first, *less = &penalty[first];
+        const float most = kernels().largest(x, less, count);
+        if (!(most > similarity[i])) continue;
+        similarity[i] = most;
+        column[i] = first;
+        while (x[column[i] - first] + less[column[i] - first] != most) ++column[i];
       }
-      raise(most[i], of_row);
+    });
+  }
+};
+
+// For every row, the largest similarity to another row of a higher key, or with `all` of any; -inf
+// where there is none. Each pair is multiplied once.
+inline std::vector<float> nearest(const UnitRows& rows, std::vector<float> key, bool all) {
+  constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+  for (int64_t i = 0; i < rows.n; ++i) {
+    if (!rows.comparable[i]) key[i] = kNaN;
+  }
+  std::vector<float> most(rows.n, kNever);
+  const Slice whole{rows, 0, 1, rows.n};
+  similarities(whole, Columns(whole), /*upper=*/true, [&](const Tile& tile) {
+    const int64_t first = tile.columns.first, past = tile.columns.past;
+    std::vector<float> of_column(past - first, kNever);
+    for (int64_t i = tile.rows.first; i < tile.rows.past; ++i) {
+      const int64_t j = std::max(i + 1, first);
+      if (!rows.comparable[i] || j >= past) continue;
+      const float low = all ? kNever : std::nextafter(key[i], -kNever);
+      const float high = all ? -kNever : std::nextafter(key[i], kNever);
+      raise(most[i], kernels().largest_of_pairs(tile.row(i) + j, &key[j], past - j, low, high,
+                                                &of_column[j - first]));
     }
-    for (int64_t j = tile.columns.first; j < tile.columns.past; ++j) {
-      raise(most[j], of_column[j - tile.columns.first]);
-    }
+    for (int64_t j = first; j < past; ++j) raise(most[j], of_column[j - first]);
   });
   return most;
 }
