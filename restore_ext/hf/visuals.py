@@ -1,6 +1,6 @@
 """The images and the videos of a batch of prompts, as one list of images in the prompts' order."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -30,7 +30,12 @@ class Visuals:
     is_frame: list[bool]  # whether each is a frame of a video
 
 
-def kinds_of(family: "Family", inputs: dict[str, Any]) -> list[str]:
+def pixels_of(family: "Family") -> str:
+    """The names of the inputs that bring images or videos, as a message has them."""
+    return " or ".join(PIXELS[kind] for kind in family.kinds)
+
+
+def kinds_of(family: "Family", inputs: Mapping[str, Any]) -> list[str]:
     """What a forward, or generate(), of these inputs brings: IMAGE, VIDEO.
 
     raises  NotImplementedError: both, where their placeholders are the same

@@ -40,8 +40,7 @@ def read_layout(family: Family, settings: Settings, inputs: Mapping[str, Any]) -
     """
     input_ids = inputs["input_ids"]
     visuals = encode(family, settings, dict(inputs), input_ids)
-    if visuals is None:
-        raise ValueError(f"inputs must have images or videos, got {sorted(inputs)}")
+    assert visuals is not None  # the caller has looked
     is_image = visuals.at
     valid = padding_mask(inputs.get("attention_mask"), input_ids[..., None])
     if not valid[:, -1].all():

@@ -52,4 +52,6 @@ def page() -> str:
 
 def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [titles, ["---"] * len(titles), *rows]
-    return "\n".join("".join(f"| {cell} " if cell else "| " for cell in line) + "|" for line in lines)
+    return "\n".join(
+        "".join(f"| {cell} " if cell else "| " for cell in line) + "|" for line in lines
+    )
