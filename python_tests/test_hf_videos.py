@@ -169,12 +169,14 @@ def test_where_no_frame_is_reduced_the_bits_are_stocks(family):
     assert fingerprint(model(family)) == before
 
 
-# Two videos of as many tokens, of other frames: beams must not mix them up. Stock's beams do not
-# know GLM-4V's videos from 5.18 on.
+# Two videos of as many tokens, of other frames: beams must not mix them up. Stock's own beams fail
+# on GLM-4V's videos from 5.18 on, and on Qwen3-VL's before 5.0.
 BEAMS = [(5, Picture(8, 8), 2, Video(2, 4, 6), 7), (9, Video(3, 4, 4), 1, Picture(8, 12), 4)]
 
 
-@pytest.mark.parametrize("family", ["llava_onevision", "qwen2_vl", "qwen3_vl"])
+@pytest.mark.parametrize(
+    "family", ["llava_onevision", "qwen2_vl", *(["qwen3_vl"] if VERSION >= (5, 0) else [])]
+)
 def test_beams_of_a_batch_are_those_of_its_rows(family):
     rows = BEAMS if family != "llava_onevision" else [BEAMS[0], (9, Video(2), Picture(8, 12), 4)]
     alone, found = row_inputs(family, rows), [images_of(family, row) for row in rows]
