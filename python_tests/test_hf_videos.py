@@ -30,6 +30,7 @@ import restore_ext
 from restore_ext.hf import images
 from restore_ext.hf.compat import GENERATE_CARRIES_POSITIONS
 from restore_ext.hf.diagnosis.maps import find_bases
+from restore_ext.hf.families import find_family
 from restore_ext.hf.report import VisualTokens
 from restore_ext.hf.settings import split_budget
 from restore_ext.hf.vision import IMAGE, VIDEO
@@ -61,15 +62,17 @@ def test_images_and_frames_of_ragged_rows_are_the_reference(family, backend):
         with torch.no_grad():
             whole = model(family)(**inputs).logits[:, -1]
         assert_close(whole, logits(generate(model(family), inputs))[:, 0], TOLERANCE)
-    report, placeholders = handle.last, handle._family
+    report, adapter = handle.last, find_family(model(family))
     seen = [(image.row, image.tokens_before, image.is_frame) for image in report.images]
     assert seen == expected_images(family)
     for image in report.images:
         assert image.tokens_after == max(1, round(RATIO * image.tokens_before))
         kind = VIDEO if image.is_frame else IMAGE
-        assert inputs["input_ids"][image.row, image.start] == placeholders.token(kind)
+        assert inputs["input_ids"][image.row, image.start] == adapter.token(kind)
     tokens = VisualTokens.count(inputs["input_ids"], model(family).config, report)
     gone = sum(image.tokens_before - image.tokens_after for image in report.images)
+    placeholders = {adapter.token(kind) for kind in adapter.kinds}
+    assert tokens.prompt == sum((inputs["input_ids"] == token).sum() for token in placeholders)
     assert tokens.prompt - tokens.first_layer == gone > 0
     assert report.plan.is_visual.sum() == sum(image.tokens_after for image in report.images)
 

@@ -126,7 +126,7 @@ def prepare_inputs(
     model           as for attach(); it may be attached, and stays so
     input_ids       [B, S] int64, left padded
     attention_mask  [B, S]; no padding by default
-    images          what else the processor returned: pixel_values, image_grid_thw, ...
+    images          what else the processor returned: pixel_values, pixel_values_videos, ...
     others          the options of attach(), which explains them
 
     returns  PreparedInputs, to be used inside `with`

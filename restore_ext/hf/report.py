@@ -13,12 +13,14 @@ from restore_ext.reduction import Reduction
 
 @dataclass(frozen=True)
 class ImageReport:
+    """An image, or a frame of a video."""
+
     row: int  # of the batch the language model saw; beams of a row count
     start: int  # index of its first token in the row, before the reduction
     tokens_before: int
     tokens_after: int
     reduction: Reduction  # of this image alone, B = 1: source maps, what was kept and merged
-    is_frame: bool = False  # of a video; each is an image
+    is_frame: bool = False  # of a video that the model takes as such
 
 
 @dataclass(frozen=True)
