@@ -77,6 +77,15 @@ def test_images_and_frames_of_ragged_rows_are_the_reference(family, backend):
     assert report.plan.is_visual.sum() == sum(image.tokens_after for image in report.images)
 
 
+def test_placeholders_may_come_as_embeddings():
+    family = "llava_onevision"
+    inputs = join_rows(row_inputs(family, mixed_rows(family)))
+    with attach(model(family)):
+        want = forward(model(family), inputs)
+        embeds = model(family).get_input_embeddings()(inputs.pop("input_ids"))
+        assert_close(forward(model(family), {**inputs, "inputs_embeds": embeds}), want)
+
+
 @pytest.mark.parametrize("family", [name for name in WITH_FRAMES if name != "llava_onevision"])
 def test_a_frame_is_reduced_as_a_picture_of_its_pixels(family):
     """By every method: nothing of a frame is scored by, or compared with, another."""

@@ -106,7 +106,7 @@ def in_prompt_order(streams: Sequence[Visuals]) -> Visuals:
         tokens = torch.nonzero_static(stream.at.flatten(), size=sum(lengths))[:, 0]
         index = torch.tensor([0, *accumulate(lengths)][:-1], device=tokens.device)
         asked += [stream.at.sum(1), tokens[index]]
-    known = torch.cat(asked).tolist()  # the one wait for the device
+    known = torch.cat(asked).tolist()  # a wait for the device that one kind alone does without
     pairs: list[tuple[int, int]] = []  # stream and number, of what was encoded
     starts: list[int] = []
     for which, stream in enumerate(streams):
