@@ -161,7 +161,7 @@ def test_frames_have_budgets_of_their_own_or_share_one(family):
         kept = [image.tokens_after for image in handle.last.images]
     want = [split_budget(9, [n for n, _ in images_of(family, row)]) for row in rows]
     assert kept == [share for of_row in want for share in of_row]
-    wrong = rf"one per image \(frame of a video\), {len(found)} images, got 3"
+    wrong = f"one per image, {len(found)} images, got 3; a frame"
     with attach(model(family), keep=[3, 4, 5]), pytest.raises(ValueError, match=wrong):
         forward(model(family), inputs)
 

@@ -182,7 +182,8 @@ def _keep_of_image(
     if rest == 0 and (copies == 1 or (not encoded_once and len(rows) % copies == 0)):
         return originals(rows, copies)
     raise ValueError(
-        f"keep must be one int or one per image (frame of a video), {images} images, got {given}"
+        f"keep must be one int or one per image, {images} images, got {given}; a frame of a video "
+        "is an image"
     )
 
 
