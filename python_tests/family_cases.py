@@ -1,13 +1,10 @@
 """The cases of the tests of all families: which, and a ragged batch for each."""
 
-import math
-
 import pytest
 import transformers
 from family_checks import MASKS, MROPE
 
 from restore_ext.testing.models import RAGGED, TINY, Picture, make_inputs
-from restore_ext.testing.zoo.llava_next import TILE, packed_shape
 
 ELSEWHERE = (*MROPE, *MASKS)  # in test_hf_families_*.py, whose reference knows their layers
 CASES = [
@@ -36,11 +33,3 @@ def one_by_one(family: str, rows: list | None = None) -> list[dict]:
     """The inputs of each row of a ragged batch, by itself."""
     rows = rows_of(family) if rows is None else rows
     return [make_inputs(family, [row], seed=seed) for seed, row in enumerate(rows)]
-
-
-def scaled_shape(family: str, picture: Picture) -> tuple[int, int]:
-    rows, columns = packed_shape(picture)
-    ratio = math.sqrt(rows * columns / (2 * TILE**2))
-    if family == "llava_onevision" and ratio > 1.1:
-        return int(rows // ratio), int(columns // ratio)
-    return rows, columns

@@ -1,5 +1,6 @@
 """What the tests of the families share: models built once, and what they should say."""
 
+import math
 from functools import cache
 
 import torch
@@ -8,14 +9,61 @@ from hf_harness import answers, assert_close, generate, logits
 from naive import Setting
 
 from restore_ext.hf.families import find_family
-from restore_ext.testing.models import RAGGED, Picture, join_rows, make_inputs, tiny_model
+from restore_ext.testing.models import RAGGED, Picture, Video, join_rows, make_inputs, tiny_model
+from restore_ext.testing.zoo.llava_next import TILE, packed_shape
 
 MROPE = ("qwen2_vl", "qwen3_vl", "glm4v")
 MASKS = ("paligemma", "paligemma2", "gemma3", "aya_vision")
 TOLERANCE = 1e-4  # of the largest logit: the layers of some are worth ten roundings of others
 
+# Families with videos of their own, and one whose frames come as images.
+VIDEOS = ("llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v")
+WITH_FRAMES = (*VIDEOS, "internvl")
+
 # Rows for every family: several images, ragged, text longer than a window before and behind.
 ROWS = [*RAGGED, (3, Picture(8, 8), 15)]
+
+
+def mixed_rows(family: str) -> list:
+    """Images and videos in one row, in either order and side by side, and videos alone."""
+    if family == "glm4v":  # which has one placeholder for both
+        return [
+            (5, Video(2, 4, 6), 7),
+            (2, Video(3, 6, 4), Video(1, 6, 8), 4),
+            (4, Video(2, 4, 4), 6),
+        ]
+    frames = 2 if family == "llava_onevision" else 3  # its videos are of one length
+    return [
+        (5, Picture(8, 12), 3, Video(2, 4, 6), 7),
+        (2, Video(frames, 6, 4), 2, Picture(6, 8), Picture(4, 8), 4),
+        (4, Video(2, 4, 4), Video(frames, 4, 6), Picture(4, 8), 6),
+        (9, Video(2, 6, 4), 3),
+    ]
+
+
+def images_of(family: str, row: tuple) -> list[tuple[int, bool]]:
+    """Of each image of a row, each frame of a video, the tokens but separators; and whether it is
+    a frame."""
+    images: list[tuple[int, bool]] = []
+    for part in row:
+        if isinstance(part, int):
+            continue
+        tokens = part.height * part.width // 4
+        if family == "internvl":
+            tokens = 16
+        if family == "llava_onevision":
+            packed = scaled_shape(family, part) if isinstance(part, Picture) else ()
+            tokens = TILE**2 + math.prod(packed) if packed else TILE**2 // 4
+        images += [(tokens, isinstance(part, Video))] * getattr(part, "frames", 1)
+    return images
+
+
+def scaled_shape(family: str, picture: Picture) -> tuple[int, int]:
+    rows, columns = packed_shape(picture)
+    ratio = math.sqrt(rows * columns / (2 * TILE**2))
+    if family == "llava_onevision" and ratio > 1.1:
+        return int(rows // ratio), int(columns // ratio)
+    return rows, columns
 
 
 @cache

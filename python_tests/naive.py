@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from restore_ext.testing.models import IMAGE, MROPE_SECTION, VIDEO
+from restore_ext.testing.models import IMAGE, MROPE_SECTION
 
 # Column c of a plan is what became of one token of the row, padding included.
 
@@ -68,10 +68,9 @@ class Naive:
         if features is None:
             features = image_features(self.model, inputs)
         x = self.embed(ids)
-        for token, visual in ((IMAGE, features), (VIDEO, video_features(self.model, inputs))):
-            if visual:
-                rows = torch.cat([f.to(self.dtype) for f in visual])
-                x = x.masked_scatter((ids == token)[:, None], rows)
+        if features:
+            rows = torch.cat([f.to(self.dtype) for f in features])
+            x = x.masked_scatter((ids == IMAGE)[:, None], rows)
         if "image_grid_thw" in inputs or "mm_token_type_ids" in inputs or self.axes() == 3:
             position = mrope_positions(ids, inputs.get("image_grid_thw", []), start)
         else:
@@ -236,19 +235,3 @@ def image_features(model, inputs: dict) -> list[Tensor]:
     names = {*inspect.signature(encode).parameters, *sizes}
     out = encode(**{name: inputs[name] for name in names if name in inputs})
     return [f.reshape(-1, f.shape[-1]) for f in getattr(out, "pooler_output", out)]
-
-
-@torch.no_grad()
-def video_features(model, inputs: dict) -> list[Tensor]:
-    """[N, C] per video of LLaVA-OneVision, with the newline that closes it."""
-    if "pixel_values_videos" not in inputs:
-        return []
-    names = ("vision_feature_layer", "vision_feature_select_strategy")
-    taken = {name: getattr(model.config, name) for name in names}
-    out = model.model.get_video_features(inputs["pixel_values_videos"], **taken)
-    newline = model.model.image_newline[None]
-    videos = []
-    for video in getattr(out, "pooler_output", out):
-        closed = torch.equal(video[-1:], newline)  # its model does that outside before 5.18
-        videos.append(video if closed else torch.cat([video, newline]))
-    return videos

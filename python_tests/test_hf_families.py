@@ -18,8 +18,8 @@ from family_cases import (
     one_by_one,
     pictures_of,
     rows_of,
-    scaled_shape,
 )
+from family_checks import scaled_shape
 from hf_harness import (
     answers,
     assert_close,
@@ -42,9 +42,7 @@ from restore_ext.testing.models import (
     TINY,
     TWO_IMAGES,
     VERSION,
-    VIDEO,
     Picture,
-    Video,
     join_rows,
     make_inputs,
     tiny_model,
@@ -243,20 +241,6 @@ def test_a_row_without_an_image_is_stock_beside_rows_that_are_reduced(family):
         out = generate(model, join_rows(rows))
     assert [image.row for image in handle.last.images][-1] == 1
     assert_close(logits(out)[2], logits(generate(stock(family), text))[0])
-
-
-@pytest.mark.parametrize("family", ["llava_onevision"])
-def test_a_video_beside_images_is_left_as_it_is(family):
-    rows = [(4, Picture(8, 8), 3, Video(3), 5), (2, Video(3), 6, Picture(6, 10), 4)]
-    rows, model = one_by_one(family, rows), tiny_model(family)
-    with restore_ext.attach(model, keep_ratio=RATIO, layer0="uniform") as handle:
-        out = generate(model, join_rows(rows))
-        assert_is_naive(family, rows, handle, out)
-        plan, ids = handle.last.plan, join_rows(rows)["input_ids"]
-        assert plan.size[(plan.gather(ids) == VIDEO) & plan.valid].eq(1).all()
-        assert (plan.gather(ids) == VIDEO).sum() == (ids == VIDEO).sum() > 0
-        alone = make_inputs(family, [(4, Video(2), 5)])
-        assert torch.equal(forward(model, alone), forward(stock(family), alone))
 
 
 @pytest.mark.parametrize("method", sorted(TOWER_METHODS))

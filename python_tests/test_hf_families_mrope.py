@@ -1,81 +1,27 @@
-"""Qwen2-VL, Qwen3-VL and GLM-4V: what only they have. Videos, scores, DeepStack, RoPE."""
+"""Qwen2-VL, Qwen3-VL and GLM-4V: what only they have. Scores, DeepStack, RoPE."""
 
 import pytest
 import torch
 from family_checks import (
     MROPE,
-    TOLERANCE,
-    assert_generates_dense,
-    assert_same_bits,
     dense,
     model,
     row_inputs,
-    said,
 )
-from hf_harness import assert_close, attach, each_backend, generate, logits
+from hf_harness import attach, generate, logits
 from naive import Setting
 from test_hf_scores import seen_scores
 
 import restore_ext
 from restore_ext.testing.models import (
-    IMAGE,
     RAGGED,
     TWO_IMAGES,
-    VERSION,
-    VIDEO,
     Picture,
-    Video,
     image_tokens,
     make_inputs,
 )
 
-MIXED = [
-    (5, Picture(8, 12), 3, Video(2, 4, 6), 7),
-    (2, Video(3, 6, 4), 2, Picture(6, 8), Picture(4, 8), 4),
-    (4, Video(2, 4, 4), 6),
-]
 each = pytest.mark.parametrize("family", MROPE)
-# GLM-4V has one placeholder for images and videos: a prompt has the one or the other.
-each_with_videos = pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
-
-
-@each_with_videos
-@each_backend
-def test_videos_beside_images_stay_and_are_the_reference(family, backend):
-    with attach(model(family), backend=backend) as handle:
-        inputs = assert_generates_dense(family, handle, MIXED)
-        with torch.no_grad():
-            whole = model(family)(**inputs).logits[:, -1]  # encodes in the forward itself
-        assert_close(whole, logits(generate(model(family), inputs))[:, 0], TOLERANCE)
-    plan, ids = handle.last.plan, inputs["input_ids"]
-    assert [image.row for image in handle.last.images] == [0, 1, 1]
-    for row in range(len(MIXED)):
-        left = ids[row, plan.source[row]][plan.valid[row]]
-        assert (left == VIDEO).sum() == (ids[row] == VIDEO).sum() > 0
-        assert (left == IMAGE).sum() == sum(
-            image.tokens_after for image in handle.last.images if image.row == row
-        )
-
-
-@each_with_videos
-def test_videos_alone_are_the_same_bits(family):
-    inputs = make_inputs(family, MIXED[2:])
-    want = said(family, inputs)
-    with attach(model(family)) as handle:
-        assert_same_bits(family, inputs, want)
-    assert handle.last is None
-
-
-if VERSION >= (5, 0):  # 4.57 tells a video by tokens around it, which no image has
-
-    def test_a_video_of_glm4v_is_the_same_bits_though_it_has_an_images_placeholders():
-        inputs = make_inputs("glm4v", [(5, Picture(6, 8), 4)])
-        inputs["pixel_values_videos"] = inputs.pop("pixel_values")
-        inputs["video_grid_thw"] = inputs.pop("image_grid_thw")
-        inputs["mm_token_type_ids"] = 2 * inputs["mm_token_type_ids"]
-        want = said("glm4v", inputs)
-        with attach(model("glm4v")):
-            assert_same_bits("glm4v", inputs, want)
 
 
 @each

@@ -5,7 +5,8 @@ import sys
 
 import pytest
 import torch
-from family_cases import RATIO, TILED, one_by_one, pictures_of, scaled_shape
+from family_cases import RATIO, TILED, one_by_one, pictures_of
+from family_checks import scaled_shape
 from hf_harness import assert_close, forward
 
 import restore_ext

@@ -1,14 +1,25 @@
 """Cuts inside the language model of every family, against its own layers on dense biases."""
 
 import pytest
-from family_cases import scaled_shape
-from family_checks import ROWS, TOLERANCE, assert_same_bits, dense, model, row_inputs, said
+from family_checks import (
+    ROWS,
+    TOLERANCE,
+    WITH_FRAMES,
+    assert_same_bits,
+    dense,
+    images_of,
+    mixed_rows,
+    model,
+    row_inputs,
+    said,
+    scaled_shape,
+)
 from hf_harness import answers, assert_close, generate, logits
 from naive import Setting
 from naive_stages import cuts_of, setting_of
 
 import restore_ext
-from restore_ext.testing.models import IMAGE, TINY, VIDEO, Picture, Video, join_rows
+from restore_ext.testing.models import TINY, VIDEO, Picture, join_rows
 
 each = pytest.mark.parametrize("family", sorted({*TINY} - {"llava_onevision_several"}))
 STAGED = {
@@ -51,25 +62,28 @@ def test_a_ragged_batch_of_several_images_is_the_reference(family, kind):
     assert_is_dense(family, kind, ROWS)
 
 
-@pytest.mark.parametrize("family", ["llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
-@pytest.mark.parametrize("kind", ["one cut", "two cuts", "drop all"])
-def test_images_beside_videos_are_cut_and_videos_are_not(family, kind):
-    rows = [(4, Picture(8, 8), 3, Video(2, 4, 4), 5), (2, Video(2, 4, 6), 6, Picture(6, 10), 4)]
+@pytest.mark.parametrize("family", WITH_FRAMES)
+@pytest.mark.parametrize("kind", STAGED)
+def test_images_and_frames_of_videos_are_cut_alike(family, kind):
+    rows = mixed_rows(family)
     handle = assert_is_dense(family, kind, rows)
     ids = join_rows(row_inputs(family, rows))["input_ids"]
     left, valid = handle.last.source, handle.last.stages[-1].plan.valid
-    for row in range(len(rows)):
+    visual, first = handle.last.layers[-1].visual, 0
+    for row, parts in enumerate(rows):
+        past = first + len(images_of(family, parts))
         said = ids[row, left[row, valid[row]]]
-        assert (said == VIDEO).sum() == (ids[row] == VIDEO).sum() > 0
-        assert (said == IMAGE).sum() == handle.last.layers[-1].visual[row] + newlines(
-            family, rows[row]
-        )
+        assert (said >= VIDEO).sum() == sum(visual[first:past]) + newlines(family, parts)
+        first = past
+    assert first == len(visual) and (kind != "drop all" or not any(visual))
 
 
 def newlines(family: str, row: tuple) -> int:
-    """Those of the picture of a row, which are text."""
-    [picture] = [part for part in row if isinstance(part, Picture)]
-    return scaled_shape(family, picture)[0] if family == "llava_onevision" else 0
+    """Those of the pictures and the videos of a row, which are text."""
+    if family != "llava_onevision":
+        return 0
+    parts = [part for part in row if not isinstance(part, int)]
+    return sum(scaled_shape(family, p)[0] if isinstance(p, Picture) else 1 for p in parts)
 
 
 @pytest.mark.parametrize("family", ["llava_next", "llava_onevision"])

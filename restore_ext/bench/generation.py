@@ -70,7 +70,7 @@ def visual_tokens(model: Any, inputs: Inputs, report: "Report | None") -> "Visua
     """Of a batch."""
     from restore_ext.hf.report import VisualTokens
 
-    return VisualTokens.count(inputs["input_ids"], model.config.image_token_id, report)
+    return VisualTokens.count(inputs["input_ids"], model.config, report)
 
 
 def peak_bytes(model: Any, inputs: Inputs, new_tokens: int) -> int | None:

@@ -2,7 +2,7 @@
 
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,9 @@ except ModuleNotFoundError as error:
 
 VERSION = Version(transformers.__version__).release
 OLDEST = (4, 57, 6)
+
+# From 5.0 on encoders return objects, unless return_dict is False.
+ENCODERS_RETURN_OBJECTS = VERSION >= (5, 0)
 
 # From 5.3 on generate() carries explicit position_ids from step to step.
 GENERATE_CARRIES_POSITIONS = VERSION >= (5, 3)
@@ -49,11 +52,39 @@ def image_features(output: Any) -> list[Tensor]:
     return list(features) if isinstance(features, (list, tuple, Tensor)) else []
 
 
-def encoder_inputs(encode: Callable[..., Any], inputs: dict[str, Any]) -> dict[str, Any]:
-    """Those of a model's inputs that its get_image_features() takes. Before 5.18 LLaVA's does not
-    name the image_sizes that a Pixtral needs."""
-    known = inspect.signature(encode).parameters
-    unnamed = ("image_sizes",) if "kwargs" in known else ()
+def video_features(output: Any, tokens: Sequence[int], closing: Tensor | None) -> list[Tensor]:
+    """The projected features [N, C], video by video, in what get_video_features() returned.
+
+    tokens   of the frames of each video
+    closing  [C], what follows the last frame; before 5.18 the model adds it later
+    """
+    videos = image_features(output)
+    if closing is None:
+        return videos
+    return [
+        video if len(video) > n else torch.cat([video, closing[None].to(video)])
+        for video, n in zip(videos, tokens, strict=True)
+    ]
+
+
+def video_pixels(inputs: dict[str, Any]) -> Tensor:
+    """[videos, frames, 3, H, W] among the inputs of LLaVA-OneVision's get_video_features()."""
+    renamed = inputs.get("pixel_values_videos")
+    return inputs["pixel_values"] if renamed is None else renamed  # from 5.18 on
+
+
+def encoder_inputs(inner: nn.Module, kind: str, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Those of a model's inputs that its get_image_features() or get_video_features() takes, for
+    `kind` "image" or "video"."""
+    known = inspect.signature(getattr(inner, f"get_{kind}_features")).parameters
+    unnamed: tuple[str, ...] = ()
+    if kind == "image" and "kwargs" in known:
+        unnamed = ("image_sizes",)  # before 5.18 LLaVA's does not name what a Pixtral needs
+    if kind == "video" and "pixel_values" in known:  # LLaVA-OneVision's, before 5.18
+        inputs = {**inputs, "pixel_values": inputs["pixel_values_videos"]}
+        for name, parameter in known.items():  # in 4.57 all have to be given
+            if parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD:
+                inputs.setdefault(name, getattr(inner.config, name, None))
     names = (*known, *unnamed)
     return {name: inputs[name] for name in names if inputs.get(name) is not None}
 

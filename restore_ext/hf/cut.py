@@ -19,7 +19,7 @@ from restore_ext.hf.report import ImageReport, LayerReport, Report
 from restore_ext.hf.scores import Asked, rater_weights
 from restore_ext.hf.settings import Settings
 from restore_ext.hf.step import PlannedStage, plan_stages
-from restore_ext.hf.vision import Seen
+from restore_ext.hf.visuals import Visuals
 from restore_ext.reduction import Reduction
 
 
@@ -30,6 +30,7 @@ class Cut:
     reductions: list[Reduction]  # of each image
     tokens: Tensor  # [sum of n, C], the images' reduced tokens
     is_image: Tensor  # [B, S] bool
+    is_frame: list[bool]  # whether each image is a frame of a video
     stages: list[PlannedStage]  # the cuts to come, inside the language model
     reach: int  # one more than the highest position
     past_image: Tensor  # [B] int64, one more than the index of the last image token; 0: no image
@@ -81,17 +82,16 @@ class Cut:
         for row, images in enumerate(self.rows):
             for image in images:
                 reduction = self.reductions[image]
-                after = reduction.position.shape[1]
-                reports.append(ImageReport(row, starts[image], sizes[image], after, reduction))
+                after, is_frame = reduction.position.shape[1], self.is_frame[image]
+                report = ImageReport(row, starts[image], sizes[image], after, reduction, is_frame)
+                reports.append(report)
         return reports
 
 
 def cut_sequence(
-    features: list[Tensor],
-    seen: Seen,
+    visuals: Visuals,
     settings: Settings,
     *,
-    is_image: Tensor,
     valid: Tensor,
     positions: Tensor,
     encoded_once: bool,
@@ -99,9 +99,10 @@ def cut_sequence(
 ) -> Cut | None:
     """Reduces the images of a batch; None if all are within their budgets.
 
-    is_image, valid [B, S] bool; positions [..., B or 1, S]
+    valid [B, S] bool; positions [..., B or 1, S]
     refuse  called before any reduction is made: raises where a shorter sequence cannot be had
     """
+    features, seen, is_image = visuals.features, visuals.seen, visuals.at
     (B, S), device = is_image.shape, is_image.device
     past_image = torch.where(is_image, torch.arange(1, S + 1, device=device), 0).amax(1)
     per_row = [is_image.sum(1), valid.sum(1), past_image, positions.amax().expand(B)]
@@ -128,6 +129,7 @@ def cut_sequence(
         reductions,
         tokens,
         is_image,
+        visuals.is_frame,
         plan_stages(stages, left, settings.spared(before, row_of), rows, lengths, device),
         reach=int(counts[3][0]) + 1,
         past_image=past_image,

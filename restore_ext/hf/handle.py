@@ -145,10 +145,12 @@ def attach(
     schedule    cuts inside the language model, behind the method's if a budget is given for that: a
                 dict or the path of a JSON file, {"layers": [what each layer keeps], ...} or
                 {"method": "fastv", "keep": 64, ...}; see restore_ext.stages.read_schedule
-    keep        tokens to keep of an image: an int, or one per image in the order of the batch
+    keep        tokens to keep of an image, or of a frame of a video: an int, or one per image and
+                frame, in the order of the prompts
     keep_ratio  instead of keep: a share in (0, 1]
-    budget      "per_image", or "shared": keep and keep_ratio are of all the images of a row (a
-                prompt) together, which split it in proportion to their tokens, at least one each
+    budget      "per_image", or "shared": keep and keep_ratio are of all the images and frames of a
+                row (a prompt) together, which split it in proportion to their tokens, at least one
+                each
     restore     True: merge what the method would drop, keep positions, calibrate; inside the
                 language model: keep positions, and calibrate what is left. False: the plain
                 method, which prunes, re-indexes (inside the language model: if it is published so)
@@ -180,7 +182,8 @@ def attach(
 
     Without a cache every step is a prompt, so the distance term reaches generated tokens too.
     Separators and newlines between image tokens are text. Tiles count as images where the model is
-    handed them as such (InternVL, Idefics3, SmolVLM, Aya Vision). Videos are left as they are.
+    handed them as such (InternVL, Idefics3, SmolVLM, Aya Vision), and every frame of a video does:
+    where the tower makes one frame of two pictures (Qwen-VL, GLM-4V), the two are one.
     """
     family = find_family(model)
     given = {

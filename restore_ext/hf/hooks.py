@@ -4,7 +4,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +24,8 @@ from restore_ext.hf.parallel import keep_encoded
 from restore_ext.hf.patches import Patches
 from restore_ext.hf.settings import Settings
 from restore_ext.hf.view import View, side_before
-from restore_ext.hf.vision import Seen, recall, recording, remember
+from restore_ext.hf.vision import VIDEO, Seen, is_recording, recording, remember
+from restore_ext.hf.visuals import PIXELS, Visuals, in_prompt_order, kinds_of, remembered
 from restore_ext.rope import rope_decays
 
 if TYPE_CHECKING:
@@ -43,14 +44,23 @@ class Call:
     mask: Any = None  # the attention mask, before the inner model made one of pairs of it
     blocks: Tensor | None = None  # [B, L], see Family.blocks
     draft: int = 0  # tokens at the end that are no prompt
-    is_image: Tensor | None = None  # [B, S] bool
-    features: list[Tensor] | None = None  # [N, C] per image
-    seen: Seen | None = None
+    # Of each kind of features that come with it: where they go, [B, S] bool; what they are, [N, C]
+    # per image or frame, and what was seen beside them.
+    places: dict[str, Tensor] = field(default_factory=dict)
+    found: dict[str, tuple[list[Tensor], Seen]] = field(default_factory=dict)
+
+    def visuals(self, device: torch.device) -> Visuals:
+        """All that was found, as one."""
+        return in_prompt_order(
+            [
+                Visuals(self.places[kind].to(device), *found, [kind == VIDEO] * len(found[0]))
+                for kind, found in self.found.items()
+            ]
+        )
 
 
 # Per thread and per task: the forward of one thread knows nothing of another's.
 _CALL: ContextVar[Call | None] = ContextVar("restore_ext_call", default=None)
-_VIDEO: ContextVar[bool] = ContextVar("restore_ext_video", default=False)
 
 
 class Hooks:
@@ -76,10 +86,8 @@ class Hooks:
             patches.hook(module, "forward_hook", self._after, always_call=True)
         patches.hook(family.lm, "forward_pre_hook", self._before_lm, with_kwargs=True)
         patches.hook(family.lm, "forward_hook", self._after_lm, with_kwargs=True)
-        patches.set(family.inner, "get_image_features", self._watched_features())
-        if hasattr(family.inner, "get_video_features"):
-            videos = _of_videos(family.inner.get_video_features)
-            patches.set(family.inner, "get_video_features", videos)
+        for kind in family.kinds:
+            patches.set(family.inner, f"get_{kind}_features", self._watched_features(kind))
         for module in family.attentions:
             patches.set(module, "config", NamedConfig(module.config, CALIBRATED))
         watch_generation(patches, family.model, self._refuse_chunks)
@@ -91,28 +99,30 @@ class Hooks:
             before = functools.partial(self._before_layer, index=index)
             patches.hook(layer, "forward_pre_hook", before, with_kwargs=True)
 
-    def _watched_features(self) -> Callable[..., Any]:
-        """get_image_features() that remembers, beside its result, what the method needs to know."""
-        original = self.family.inner.get_image_features
+    def _watched_features(self, kind: str) -> Callable[..., Any]:
+        """get_image_features() or get_video_features() that remembers, beside its result, what the
+        method needs to know."""
+        original = getattr(self.family.inner, f"get_{kind}_features")
         signature = inspect.signature(original)
 
         @torch.compiler.disable
         @functools.wraps(original)  # generate() asks for its signature
-        def get_image_features(*args: Any, **kwargs: Any) -> Any:
-            if not self.handle.enabled or _VIDEO.get():
+        def get_features(*args: Any, **kwargs: Any) -> Any:
+            # Qwen3-VL's videos are encoded by its get_image_features().
+            if not self.handle.enabled or is_recording():
                 return original(*args, **kwargs)
-            with recording(self.settings) as record:
+            with recording(self.settings, kind) as record:
                 output = original(*args, **kwargs)
             if image_features(output):
                 inputs = signature.bind(*args, **kwargs).arguments
-                features, seen = self.family.images(record, output, inputs)
+                features, seen = self.family.see(record, output, inputs)
                 remember(output, seen)
                 call = _CALL.get()
-                if call is not None and call.is_image is not None:
-                    call.features, call.seen = features, seen
+                if call is not None and kind in call.places:
+                    call.found[kind] = features, seen
             return output
 
-        return get_image_features
+        return get_features
 
     def _before_model(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -130,21 +140,32 @@ class Hooks:
         outer = _CALL.get()
         call = Call(inner, outer, [], mask=kwargs.get("attention_mask"))
         # A generated token may be the image token: only a forward that brings images has any.
-        if self._brings_images(kwargs) and not in_chunks():
+        if not in_chunks() and (kinds := self._kinds(kwargs)):
             if outer is not None:
                 call.unfit, call.draft = outer.unfit, outer.draft
             call.blocks = self.family.blocks(kwargs)
             input_ids = args[0] if args else kwargs.get("input_ids")
-            call.is_image = self.family.placeholders(input_ids, kwargs.get("inputs_embeds"))
-            encoded = (kwargs.get("mm_encoder_outputs") or {}).get("image")
-            if encoded is not None:
-                call.features, call.seen = _remembered(encoded)
+            self._place(call, kinds, input_ids, kwargs.get("inputs_embeds"))
+            self._recall(call, kwargs)
         _CALL.set(call)
 
-    def _brings_images(self, inputs: dict[str, Any]) -> bool:
-        encoded = (inputs.get("mm_encoder_outputs") or {}).get("image")
-        given = encoded is not None or inputs.get("pixel_values") is not None
-        return given and self.handle.enabled
+    def _kinds(self, inputs: dict[str, Any]) -> list[str]:
+        """Of the features that come with these inputs, and are to be reduced."""
+        return kinds_of(self.family, inputs) if self.handle.enabled else []
+
+    def _place(
+        self, call: Call, kinds: list[str], input_ids: Tensor | None, embeds: Tensor | None
+    ) -> None:
+        for kind in kinds:
+            call.places[kind] = self.family.placeholders(input_ids, embeds, kind)
+
+    def _recall(self, call: Call, inputs: dict[str, Any]) -> None:
+        """Finds what was encoded before the forward."""
+        encoded = inputs.get("mm_encoder_outputs") or {}
+        for kind, at in call.places.items():
+            if encoded.get(kind) is not None:
+                found = remembered(encoded[kind], kind, at)
+                call.found.update({} if found is None else {kind: found})
 
     def _refuse_chunks(self, input_ids: Tensor, inputs: dict[str, Any], size: int) -> None:
         """Raises if a prompt about to be cut into chunks has an image to reduce.
@@ -159,7 +180,8 @@ class Hooks:
                 f"up, got {size}"
             )
 
-        if not self._brings_images(inputs):
+        kinds = self._kinds(inputs)
+        if not kinds:
             return
         self.handle.last = None
         cache, mask = inputs.get("past_key_values"), inputs.get("attention_mask")
@@ -167,29 +189,30 @@ class Hooks:
             refuse()
         if cache is not None and (mask is None or mask.shape[1] == input_ids.shape[1]):
             input_ids = input_ids[:, cache.get_seq_length() :]  # else these are the new ones alone
-        is_image = self.family.placeholders(input_ids, None)
-        features, seen = self._encode(inputs, is_image)
-        rows = images_of_rows(is_image.sum(1).tolist(), [len(image) for image in features])
+        call = Call(self.family.inner, None, [])
+        self._place(call, kinds, input_ids, None)
+        self._recall(call, inputs)
+        self._encode(call, inputs)
+        if not call.found:
+            return
+        visuals = call.visuals(input_ids.device)
+        seen, lengths = visuals.seen, [len(image) for image in visuals.features]
+        rows = images_of_rows(visuals.at.sum(1).tolist(), lengths)
+        features, _ = without_separators(visuals.features, seen, rows, visuals.at)
         once = self._encoded_once
-        if seen is not None:
-            features, _ = without_separators(features, seen, rows, is_image)
-            reduce_images(features, seen, rows, self.settings, encoded_once=once, refuse=refuse)
+        reduce_images(features, seen, rows, self.settings, encoded_once=once, refuse=refuse)
 
-    def _encode(self, inputs: dict[str, Any], is_image: Tensor) -> tuple[list[Tensor], Seen | None]:
-        """The features of each image among the inputs of generate(), and what was seen beside them;
-        None if there are no features."""
-        encoded = (inputs.get("mm_encoder_outputs") or {}).get("image")
-        if encoded is not None:
-            return _remembered(encoded)
+    def _encode(self, call: Call, inputs: dict[str, Any]) -> None:
+        """Finds what is still to be encoded, among the inputs of generate()."""
         # Learnt as in a forward: 4.57 returns bare tensors, with nothing to remember it by.
-        call = Call(self.family.inner, None, [], is_image=is_image)
         token = _CALL.set(call)
         try:
-            encode = self.family.inner.get_image_features
-            encode(**encoder_inputs(encode, inputs))
+            for kind in call.places:
+                if inputs.get(PIXELS[kind]) is not None:
+                    encode = getattr(self.family.inner, f"get_{kind}_features")
+                    encode(**encoder_inputs(self.family.inner, kind, inputs))
         finally:
             _CALL.reset(token)
-        return call.features or [], call.seen
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         call = _CALL.get()
@@ -204,7 +227,7 @@ class Hooks:
         call = _CALL.get()
         if call is not None and call.module is self.family.inner:
             kwargs = {**kwargs, "attention_mask": call.mask}
-        if call is not None and call.seen is None:
+        if call is not None and not call.found:
             call = None
         if embeds is None or (call is None and not restored(cache)):
             return None
@@ -240,8 +263,6 @@ class Hooks:
     def _cut(
         self, call: Call, embeds: Tensor, positions: Tensor, kwargs: dict[str, Any]
     ) -> Cut | None:
-        assert call.features and call.seen is not None and call.is_image is not None
-
         def refuse() -> None:
             for name in call.unfit:
                 raise ValueError(
@@ -255,10 +276,8 @@ class Hooks:
         known = isinstance(mask, Tensor) and mask.dim() == 2  # else refused, if there is need
         self.handle.last = None
         return cut_sequence(
-            call.features,
-            call.seen,
+            call.visuals(embeds.device),
             self.settings,
-            is_image=call.is_image.to(embeds.device),
             valid=padding_mask(mask if known else None, embeds),
             positions=positions,
             encoded_once=self._encoded_once,
@@ -358,30 +377,3 @@ def _blocks(call: Call | None, valid: Tensor) -> Tensor | None:
     number = pad(number, (0, max(0, S - number.shape[1])), value=-1)[:, -S:]
     number[:, S - call.draft :] = -1  # of a draft stock takes the last token's
     return number.masked_fill(~valid, -1)
-
-
-def _of_videos(original: Callable[..., Any]) -> Callable[..., Any]:
-    """get_video_features(), within which get_image_features() sees no image."""
-
-    @functools.wraps(original)
-    def get_video_features(*args: Any, **kwargs: Any) -> Any:
-        token = _VIDEO.set(True)
-        try:
-            return original(*args, **kwargs)
-        finally:
-            _VIDEO.reset(token)
-
-    return get_video_features
-
-
-def _remembered(encoded: Any) -> tuple[list[Tensor], Seen | None]:
-    """The features in what get_image_features() returned, and what was seen beside them; None if
-    there are no features."""
-    features, seen = image_features(encoded), recall(encoded)
-    if features and seen is None:
-        raise NotImplementedError(
-            "mm_encoder_outputs must come whole from get_image_features() of this model, attached "
-            "and enabled; got features of elsewhere (accelerate copies them where it dispatches a "
-            "model that is attached: attach after that)"
-        )
-    return features if seen is None else seen.split(features), seen

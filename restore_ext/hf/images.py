@@ -1,4 +1,5 @@
-"""From the features of a batch of images to their reductions, once per image."""
+"""From the features of a batch of images to their reductions, once per image. A frame of a video is
+an image."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -32,7 +33,7 @@ def images_of_rows(counts: Sequence[int], tokens: Sequence[int]) -> list[list[in
         if count != 0:
             raise ValueError(
                 f"input_ids: row {row} has {counts[row]} image tokens, which is no whole number of "
-                f"images of {list(tokens)} tokens (in order, over all rows)"
+                f"images, or frames of a video, of {list(tokens)} tokens (in order, over all rows)"
             )
     if image != len(tokens):
         raise ValueError(f"input_ids has image tokens of {image} images, got {len(tokens)} images")
@@ -48,6 +49,20 @@ def originals(rows: Sequence[Sequence[int]], copies: int) -> list[int]:
         if row % copies == copies - 1:
             first += len(images)
     return numbers
+
+
+def one_by_one(features: list[Tensor], seen: Seen, counts: Callable[[], list[int]]) -> list[Tensor]:
+    """The features [N, C] image by image, frame by frame; counts() are the tokens of each row,
+    asked for where the beams of a row repeat its videos."""
+    if seen.per_image is not None:
+        return [image for row in features if len(row) for image in row.split(seen.per_image)]
+    if seen.frames is None:
+        return features
+    number = list(range(len(features)))
+    if (copies := len(features) // len(seen.frames)) > 1:
+        number = originals(images_of_rows(counts(), [len(video) for video in features]), copies)
+    pairs = zip(number, features, strict=True)
+    return [frame for video, rows in pairs for frame in rows.split(seen.frames[video])]
 
 
 def without_separators(
@@ -166,7 +181,10 @@ def _keep_of_image(
     copies, rest = divmod(images, given)
     if rest == 0 and (copies == 1 or (not encoded_once and len(rows) % copies == 0)):
         return originals(rows, copies)
-    raise ValueError(f"keep must be one int or one per image, {images} images, got {given}")
+    raise ValueError(
+        f"keep must be one int or one per image, {images} images, got {given}; a frame of a video "
+        "is an image"
+    )
 
 
 def _reduce(

@@ -9,11 +9,7 @@ import torch
 from torch import Tensor
 
 from restore_ext.hf.attention import NamedConfig
-from restore_ext.hf.compat import (
-    GENERATE_CARRIES_POSITIONS,
-    encoder_inputs,
-    generation_positions,
-)
+from restore_ext.hf.compat import GENERATE_CARRIES_POSITIONS, generation_positions
 from restore_ext.hf.cut import Cut, cut_sequence
 from restore_ext.hf.families import Family, find_family
 from restore_ext.hf.patches import Patches
@@ -26,7 +22,7 @@ from restore_ext.hf.settings import (
     make_settings,
 )
 from restore_ext.hf.view import View
-from restore_ext.hf.vision import Seen, recording
+from restore_ext.hf.visuals import Visuals, encode
 from restore_ext.reduce import DEFAULT_ANCHOR_MODE, DEFAULT_METHOD, DEFAULT_RETAIN
 from restore_ext.rope import rope_decay
 
@@ -130,12 +126,12 @@ def prepare_inputs(
     model           as for attach(); it may be attached, and stays so
     input_ids       [B, S] int64, left padded
     attention_mask  [B, S]; no padding by default
-    images          what else the processor returned: pixel_values, image_grid_thw, ...
+    images          what else the processor returned: pixel_values, pixel_values_videos, ...
     others          the options of attach(), which explains them
 
     returns  PreparedInputs, to be used inside `with`
     raises   TypeError, ValueError, NotImplementedError: as attach(); with transformers older than
-             5.3, whose generate() makes up positions of its own; for videos
+             5.3, whose generate() makes up positions of its own
     """
     if not GENERATE_CARRIES_POSITIONS:
         raise NotImplementedError(
@@ -165,61 +161,39 @@ def prepare_inputs(
     for name in images:
         if name not in known:
             raise TypeError(f"{name} is no argument of {type(model).__name__}")
-    if images.get("pixel_values_videos") is not None:
-        raise NotImplementedError("pixel_values_videos cannot be prepared: use attach()")
     settings = family.fit(settings)
     family.require(settings)
     family.require_prepared(settings)
 
     given = {"input_ids": input_ids, "attention_mask": attention_mask, **images}
     tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
-    cut = None
-    if "pixel_values" in tensors:
-        cut, position_ids, embeds = _cut(family, settings, tensors)
-    if cut is None:
-        return PreparedInputs(tensors, family, None, None)
-    return _prepared(family, settings, cut, position_ids, embeds, tensors)
+    visuals = encode(family, settings, tensors, input_ids)
+    if visuals is not None:
+        cut, position_ids, embeds = _cut(family, settings, visuals, tensors)
+        if cut is not None:
+            return _prepared(family, settings, cut, position_ids, embeds, tensors)
+    return PreparedInputs(tensors, family, None, None)
 
 
 def _cut(
-    family: Family, settings: Settings, tensors: dict[str, Tensor]
+    family: Family, settings: Settings, visuals: Visuals, tensors: dict[str, Tensor]
 ) -> tuple[Cut | None, Tensor, Tensor]:
     """The cut, if there is one, the positions, and the embeddings with the images' features."""
     input_ids = tensors["input_ids"]
     mask = tensors.get("attention_mask", torch.ones_like(input_ids))
     others = {n: x for n, x in tensors.items() if n not in ("input_ids", "attention_mask")}
     position_ids = generation_positions(family.model, input_ids, {"attention_mask": mask, **others})
-    features, seen = _encode(family, settings, others)
-    is_image = family.placeholders(input_ids, None)
     embeds = family.model.get_input_embeddings()(input_ids)
     cut = cut_sequence(
-        features,
-        seen,
+        visuals,
         settings,
-        is_image=is_image,
         valid=mask.bool(),
         positions=position_ids,
         encoded_once=True,
         refuse=lambda: None,
     )
-    embeds = embeds.masked_scatter(is_image[..., None], torch.cat(features).to(embeds))
-    return cut, position_ids, embeds
-
-
-def _encode(
-    family: Family, settings: Settings, tensors: dict[str, Tensor]
-) -> tuple[list[Tensor], Seen]:
-    # The class's own: the instance's may be that of attach(), which watches for its own method.
-    encode = type(family.inner).get_image_features
-    inputs = encoder_inputs(encode, tensors)
-    patches = Patches()
-    try:
-        family.install(patches, settings)
-        with recording(settings) as record:
-            output = encode(family.inner, **inputs, return_dict=True)
-    finally:
-        patches.undo()
-    return family.images(record, output, inputs)
+    features = torch.cat(visuals.features).to(embeds)
+    return cut, position_ids, embeds.masked_scatter(visuals.at[..., None], features)
 
 
 def _prepared(

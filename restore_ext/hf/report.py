@@ -1,21 +1,26 @@
 """What an attached model did with the last prompt that it reduced."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
 from restore_ext.hf.plan import SequencePlan
 from restore_ext.hf.step import Step
+from restore_ext.hf.vision import IMAGE, VIDEO
 from restore_ext.reduction import Reduction
 
 
 @dataclass(frozen=True)
 class ImageReport:
+    """An image, or a frame of a video."""
+
     row: int  # of the batch the language model saw; beams of a row count
     start: int  # index of its first token in the row, before the reduction
     tokens_before: int
     tokens_after: int
     reduction: Reduction  # of this image alone, B = 1: source maps, what was kept and merged
+    is_frame: bool = False  # of a video that the model takes as such
 
 
 @dataclass(frozen=True)
@@ -65,9 +70,11 @@ class VisualTokens:
     last_layer: int
 
     @staticmethod
-    def count(input_ids: Tensor, image_token: int, report: Report | None) -> "VisualTokens":
-        """Of the prompts input_ids [B, S], of which `report` says what was reduced, if anything."""
-        prompt = int((input_ids == image_token).sum())
+    def count(input_ids: Tensor, config: Any, report: Report | None) -> "VisualTokens":
+        """Of the prompts input_ids [B, S] of a model with this config, of which `report` says what
+        was reduced, if anything."""
+        ids = [getattr(config, f"{kind}_token_id", None) for kind in (IMAGE, VIDEO)]
+        prompt = int(sum((input_ids == token).sum() for token in ids if token is not None))
         if report is None:
             return VisualTokens(prompt, prompt, prompt)
         saved = sum(image.tokens_before - image.tokens_after for image in report.images)

@@ -21,6 +21,7 @@ from restore_ext.methods.problem import KEYS, TOWER_FEATURES
 from restore_ext.reduction import Reduction
 
 WATCHED = "restore_ext_watched"
+IMAGE, VIDEO = "image", "video"  # kinds of features, as in get_image_features()
 _CHUNK = 256  # queries at a time: received attention never holds a whole N x N matrix
 _ATTRIBUTE = "restore_ext_seen"
 
@@ -28,21 +29,18 @@ _ATTRIBUTE = "restore_ext_seen"
 @dataclass
 class Seen:
     """Beside the features of a batch of images: importance, and what methods may compare, of those
-    that are no separators."""
+    that are no separators. A frame of a video is an image, too."""
 
     images: int
     scores: list[Tensor] | None = None  # [N] float32 per image
     metric: list[Tensor] | None = None  # [N, Cm] per image; None: the features themselves
     visual: list[Tensor] | None = None  # [n] int64 per image, rising: its features but separators
     per_image: int | None = None  # features of an image, where several are in one tensor
+    frames: list[list[int]] | None = None  # of every video the features of each frame
     reduced: tuple[Any, list[Reduction]] | None = None  # what came of it, and with which settings
     by_tower: bool = False  # the tower reduced them: there is nothing more to make of the features
-
-    def split(self, features: list[Tensor]) -> list[Tensor]:
-        """The features [N, C] image by image."""
-        if self.per_image is None:
-            return features
-        return [image for row in features if len(row) for image in row.split(self.per_image)]
+    # With whom, in which order, and what came of it: see visuals.in_prompt_order().
+    joined: "tuple[Seen, list[tuple[int, int]], Seen] | None" = None
 
 
 @dataclass(frozen=True)
@@ -75,9 +73,11 @@ class Packing:
 
 @dataclass
 class Record:
-    """What was seen while one get_image_features() ran, for these settings."""
+    """What was seen while one get_image_features() or get_video_features() ran, for these
+    settings."""
 
     settings: Settings
+    kind: str = IMAGE  # or VIDEO
     attention: list[Tensor] = field(default_factory=list)  # [B, N] scores, call by call
     keys: list[Tensor] = field(default_factory=list)  # [B, N, D] of the scored tokens, likewise
     tower: Tensor | None = None  # the projector's input
@@ -92,13 +92,18 @@ _RECORD: ContextVar[Record | None] = ContextVar("restore_ext_record", default=No
 
 
 @contextmanager
-def recording(settings: Settings) -> Iterator[Record]:
-    record = Record(settings)
+def recording(settings: Settings, kind: str) -> Iterator[Record]:
+    record = Record(settings, kind)
     token = _RECORD.set(record)
     try:
         yield record
     finally:
         _RECORD.reset(token)
+
+
+def is_recording() -> bool:
+    """Whether this runs within a get_image_features() or get_video_features() that is watched."""
+    return _RECORD.get() is not None
 
 
 def recorded(settings: Settings) -> Record | None:

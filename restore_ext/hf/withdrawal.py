@@ -9,6 +9,7 @@ from torch import Tensor
 from restore_ext import checks
 from restore_ext.hf.families import find_family
 from restore_ext.hf.handle import attach, handle_of
+from restore_ext.hf.visuals import kinds_of, pixels_of
 
 DEFAULT_THRESHOLD = 0.003  # the paper's for LLaVA-1.5-7B; 0.0005 for 13B, 0.0001 for v1.6-7B
 DEFAULT_FIRST = 5
@@ -53,9 +54,9 @@ def find_withdrawal_layer(
     if not given:
         raise ValueError("prompts must be at least one, got none")
     for i, prompt in enumerate(given):
-        if prompt.get("pixel_values") is None:
+        if not kinds_of(family, prompt):
             raise ValueError(
-                f"prompts[{i}] must have pixel_values, for without images nothing is withdrawn; "
+                f"prompts[{i}] must have {pixels_of(family)}, or nothing is withdrawn; "
                 f"got {sorted(prompt)}"
             )
     whole = [_next_word(model, prompt) for prompt in given]

@@ -210,7 +210,7 @@ class Runner:
         mask = inputs["attention_mask"]
         beams = 1 if report is None else len(report.plan.source) // len(mask)
         ids = inputs["input_ids"].repeat_interleave(beams, dim=0)
-        visual = VisualTokens.count(ids, self.model.config.image_token_id, report)
+        visual = VisualTokens.count(ids, self.model.config, report)
         self.tally.prompts += len(mask)
         self.tally.prompt += visual.prompt // beams
         self.tally.first_layer += visual.first_layer // beams

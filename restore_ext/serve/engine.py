@@ -258,8 +258,7 @@ class Engine:
             with watch:
                 self.model.generate(**inputs, generation_config=work.config, streamer=answer)
         finally:
-            image_token = self.model.config.image_token_id
-            tokens = VisualTokens.count(inputs["input_ids"], image_token, handle.last)
+            tokens = VisualTokens.count(inputs["input_ids"], self.model.config, handle.last)
             answer.visual, handle.last = tokens, None  # a prompt without images leaves it alone
             metrics.prompt_tokens.inc(work.prompt_tokens)
             metrics.generated_tokens.inc(answer.total_tokens)

@@ -33,6 +33,8 @@ class Base:
 
 def find_bases(model: Any, inputs: Mapping[str, Any], tokens: Sequence[int]) -> list[Base]:
     """What each image of a processor's inputs, of so many tokens each, can be drawn on."""
+    if inputs.get("pixel_values_videos") is not None:
+        return [Base(None, reason="frames of videos are not drawn")] * len(tokens)
     grids = inputs.get("image_grid_thw")
     if grids is not None:
         side = model.config.vision_config.spatial_merge_size

@@ -19,6 +19,7 @@ from restore_ext.hf.handle import Handle, attach, handle_of
 from restore_ext.hf.patches import Patches
 from restore_ext.hf.report import Report
 from restore_ext.hf.settings import Settings
+from restore_ext.hf.visuals import kinds_of, pixels_of
 from restore_ext.methods import find_card
 from restore_ext.reduce import DEFAULT_METHOD
 from restore_ext.reduction import Reduction
@@ -58,7 +59,8 @@ def diagnose(
 
     model       as for attach(), and not attached: it comes back as it was. Its attention must be
                 sdpa or eager
-    inputs      what a processor returns for B prompts, left padded, an image in every row
+    inputs      what a processor returns for B prompts, left padded, an image or a video in
+                every row
     new_tokens  how many tokens to decode at most, 1 or more; an answer may end before
     reduction   the options of attach(), which explains them: method, keep, options, schedule,
                 backend, layer0, ...; `calibrate` is that of the way "restore"; not restore,
@@ -73,7 +75,7 @@ def diagnose(
     if handle_of(model) is not None:
         raise RuntimeError("model must not be attached: detach it first")
     checks.require_count("new_tokens", new_tokens)
-    _require_inputs(inputs)
+    _require_inputs(family, inputs)
     for given in ("restore", "positions", "enabled"):
         if given in reduction:
             raise TypeError(f"{given} must not be given: it is what the ways differ in")
@@ -96,12 +98,13 @@ def diagnose(
     return Diagnosis(full.run, found, left_out, layout.images, answer.cpu(), asked)
 
 
-def _require_inputs(inputs: Any) -> None:
+def _require_inputs(family: Family, inputs: Any) -> None:
     if not isinstance(inputs, Mapping):
         raise TypeError(f"inputs must be what a processor returns, got {type(inputs).__name__}")
-    for name in ("input_ids", "pixel_values"):
-        if inputs.get(name) is None:
-            raise ValueError(f"inputs must have {name}, got {sorted(inputs)}")
+    if inputs.get("input_ids") is None:
+        raise ValueError(f"inputs must have input_ids, got {sorted(inputs)}")
+    if not kinds_of(family, inputs):
+        raise ValueError(f"inputs must have {pixels_of(family)}, got {sorted(inputs)}")
 
 
 def _possible_ways(

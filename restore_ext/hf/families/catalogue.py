@@ -16,6 +16,8 @@ or later).
   where the tower has one; else what a token receives, averaged over the queries of its image.
 - *M-RoPE* models keep the positions of their tokens whatever the method: `positions="reindex"` is
   refused.
+- *Videos*, in the families that say something there: each frame counts as an image, for methods,
+  scores and budgets. Where the tower makes one frame of two pictures, the two count as one.
 - Separators that are tokens of the text (row breaks, image start and end) are left alone.
 
 ## Refused
@@ -23,6 +25,8 @@ or later).
 {refused}
 
 Every other class raises TypeError with the list of those above."""
+
+_TITLES = ("name", "class", "models", "positions", "scores", "videos", "notes")
 
 
 def page() -> str:
@@ -34,17 +38,20 @@ def page() -> str:
             family.models,
             "RoPE" if family.axes == 1 else "M-RoPE",
             family.scores_from,
+            family.videos,
             family.notes,
         )
         for family in FAMILIES
     ]
     refused = [(f"`{name}`", reason) for name, reason in REFUSED.items()]
     return _PAGE.format(
-        families=_table(("name", "class", "models", "positions", "scores", "notes"), families),
+        families=_table(_TITLES, families),
         refused=_table(("class", "why"), refused),
     )
 
 
 def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [titles, ["---"] * len(titles), *rows]
-    return "\n".join(f"| {' | '.join(line)} |".replace("|  |", "| |") for line in lines)
+    return "\n".join(
+        "".join(f"| {cell} " if cell else "| " for cell in line) + "|" for line in lines
+    )

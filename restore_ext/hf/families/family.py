@@ -12,11 +12,12 @@ from torch import Tensor
 
 from restore_ext import checks, profiling
 from restore_ext.hf.attention import PREPARED, STATE, require_mask_attention
-from restore_ext.hf.compat import image_features, layer_rotation
+from restore_ext.hf.compat import image_features, layer_rotation, video_features
+from restore_ext.hf.images import one_by_one
 from restore_ext.hf.parallel import Heads, devices
 from restore_ext.hf.patches import Patches
 from restore_ext.hf.settings import Settings
-from restore_ext.hf.vision import Record, Seen
+from restore_ext.hf.vision import IMAGE, VIDEO, Record, Seen
 from restore_ext.methods.problem import PROJECTED
 from restore_ext.rope import rope_decay
 
@@ -36,8 +37,11 @@ class Family(ABC):
     # Words of the table in docs/families.md:
     models: ClassVar[str]  # checkpoints of this class
     scores_from: ClassVar[str]  # the attention that methods with scores read
+    videos: ClassVar[str] = ""  # how the model has them; none if there is nothing to say
     notes: ClassVar[str] = ""
 
+    # Of the config, the placeholder of a video; None: the model has none, or frames as images.
+    video_token_name: ClassVar[str | None] = None
     lm_name: ClassVar[str] = "language_model"  # of the inner model
 
     def __init__(self, model: Any) -> None:
@@ -50,8 +54,15 @@ class Family(ABC):
         return [layer.self_attn for layer in self.lm.layers]
 
     @property
-    def image_token(self) -> int:
-        return self.model.config.image_token_id
+    def kinds(self) -> tuple[str, ...]:
+        """Of the features that the model can put among the embeddings."""
+        return (IMAGE,) if self.video_token_name is None else (IMAGE, VIDEO)
+
+    def token(self, kind: str) -> int:
+        """The placeholder of a feature."""
+        name = "image_token_id" if kind == IMAGE else self.video_token_name
+        assert name is not None
+        return getattr(self.model.config, name)
 
     @property
     def kv_size(self) -> int:
@@ -92,12 +103,12 @@ class Family(ABC):
         """What else of the language model's arguments counts tokens, as it is after a cut."""
         return {}
 
-    def placeholders(self, input_ids: Tensor | None, embeds: Tensor | None) -> Tensor:
-        """[B, S] bool: where image features go. Separators around them are text."""
+    def placeholders(self, input_ids: Tensor | None, embeds: Tensor | None, kind: str) -> Tensor:
+        """[B, S] bool: where features of this kind go. Separators around them are text."""
         if input_ids is not None:
-            return input_ids == self.image_token
+            return input_ids == self.token(kind)
         assert embeds is not None
-        token = torch.tensor(self.image_token, device=embeds.device)
+        token = torch.tensor(self.token(kind), device=embeds.device)
         return (embeds == self.inner.get_input_embeddings()(token)).all(-1)
 
     def fit(self, settings: Settings) -> Settings:
@@ -235,7 +246,8 @@ class Family(ABC):
         """What was read of each token, in the order of the features: record.attention, whose rows
         are numbers [B, N] or vectors [B, N, D], as [sum of tokens] or [sum of tokens, D].
 
-        tokens of each image; inputs are those of get_image_features()"""
+        tokens of each image, or frame; inputs are those of what `record.kind` says: of
+        get_image_features(), or of get_video_features()"""
 
     def metric(self, record: Record) -> Tensor:
         """The tower's features [sum of tokens, Cm] from a record."""
@@ -251,21 +263,56 @@ class Family(ABC):
         """The features of an image, where get_image_features() returns them row by row."""
         return None
 
+    def frames(self, inputs: dict[str, Any]) -> list[list[int]]:
+        """Of every video the tokens of each frame: of a temporal group of patches, where several
+        pictures are one. inputs are those of get_video_features()"""
+        raise NotImplementedError(f"{self.name} has no videos of its own")
+
+    @property
+    def closing(self) -> Tensor | None:
+        """[C], the separator that follows the last frame of a video; None if there is none."""
+        return None
+
     @profiling.range("score_images")
+    def see(self, record: Record, output: Any, inputs: dict[str, Any]) -> tuple[list[Tensor], Seen]:
+        """The features [N, C] of each image, or frame of a video, separators included, in what
+        get_image_features(**inputs) or get_video_features(**inputs) returned, and what a record
+        says of the others."""
+        if record.kind == IMAGE:
+            return self.images(record, output, inputs)
+        frames, closing = self.frames(inputs), self.closing
+        of_videos = video_features(output, list(map(sum, frames)), closing)
+        seen = Seen(sum(map(len, frames)), frames=frames)
+        if closing is not None:
+            like = of_videos[0].device
+            seen.visual = [torch.arange(n, device=like) for video in frames for n in video]
+            for video in frames:
+                video[-1] += 1
+        pairs = zip(of_videos, frames, strict=True)
+        features = [frame for video, sizes in pairs for frame in video.split(sizes)]
+        self._read(seen, features, record, inputs)
+        return features, seen
+
     def images(
         self, record: Record, output: Any, inputs: dict[str, Any]
     ) -> tuple[list[Tensor], Seen]:
-        """The features [N, C] of each image, separators included, in what
-        get_image_features(**inputs) returned, and what a record says of the others."""
+        """see() for images."""
         features = image_features(output)
         seen = Seen(len(features), per_image=self.per_image(inputs))
-        features = seen.split(features)
+        features = one_by_one(features, seen, lambda: [])
         seen.images = len(features)
         visual = self.visual(record)
         if visual is not None:
             seen.visual = [index.to(features[0].device) for index in visual]
         if record.reduced:
             seen.reduced, seen.by_tower = (record.settings, record.reduced), True
+        self._read(seen, features, record, inputs)
+        return features, seen
+
+    def _read(
+        self, seen: Seen, features: list[Tensor], record: Record, inputs: dict[str, Any]
+    ) -> None:
+        """Notes scores and what methods compare."""
         tokens = [len(image) for image in seen.visual or features]
         if record.attention:
             seen.scores = _split(self.scores(record, tokens, inputs), tokens)
@@ -274,7 +321,6 @@ class Family(ABC):
             seen.metric = _split(self.scores(keys, tokens, inputs), tokens)
         if record.tower is not None:
             seen.metric = _split(self.metric(record), tokens)
-        return features, seen
 
 
 def kv_heads(config: Any) -> int:

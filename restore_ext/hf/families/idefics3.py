@@ -15,7 +15,8 @@ class Idefics3(Vit):
     model_class = "Idefics3ForConditionalGeneration"
     models = "Idefics3"
     scores_from = "received, in the last layer, mean over the patches of a token"
-    notes = "a tile, or a frame of a video, counts as an image"
+    videos = "frames come as images"
+    notes = "a tile counts as an image"
     lm_name = "text_model"
     merges = True
 

@@ -15,7 +15,8 @@ class InternVL(Vit):
     model_class = "InternVLForConditionalGeneration"
     models = "InternVL 3 and 3.5 (-hf)"
     scores_from = "CLS, in the layer of the features, mean over the patches of a token"
-    notes = "a tile, or a frame of a video, counts as an image"
+    videos = "frames come as images"
+    notes = "a tile counts as an image"
     merges = True
 
     def of_tokens(self, patches: Tensor, record: Record, inputs: dict[str, Any]) -> Tensor:

@@ -13,8 +13,7 @@ from restore_ext.hf.vision import Record
 class Qwen2_5_VL(Qwen2VL):
     """There is no CLS token: scores are the attention a patch receives in the last block of full
     attention, averaged over heads and queries of its image, and over the patches that merge into
-    one token; keys likewise. Methods that do not ask for keys compare the merged features. Videos
-    are left as they are."""
+    one token; keys likewise. Methods that do not ask for keys compare the merged features."""
 
     name = "qwen2_5_vl"
     model_class = "Qwen2_5_VLForConditionalGeneration"
@@ -27,7 +26,7 @@ class Qwen2_5_VL(Qwen2VL):
         merge = visual.spatial_merge_size
         side = visual.window_size // merge // visual.patch_size
         scores, first = torch.empty_like(merged), 0
-        for frames, height, width in inputs["image_grid_thw"].tolist():
+        for frames, height, width in inputs[f"{record.kind}_grid_thw"].tolist():
             order = window_order(frames, height // merge, width // merge, side)
             order = first + order.to(merged.device)
             scores[order] = merged[first : first + len(order)]

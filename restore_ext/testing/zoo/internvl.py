@@ -1,4 +1,4 @@
-"""A tiny InternVL: every picture is 8 x 8 patches, 4 x 4 tokens."""
+"""A tiny InternVL: every picture, and every frame of a video, is 8 x 8 patches, 4 x 4 tokens."""
 
 from typing import Any
 
@@ -29,8 +29,10 @@ def config(text: dict[str, Any]) -> Any:
 def encode(
     picture: Picture | Video, generator: torch.Generator
 ) -> tuple[list[int], dict[str, Tensor]]:
-    pixels = torch.randn(1, 3, SIDE * PATCH, SIDE * PATCH, generator=generator)
-    return [VISION_START, *[IMAGE] * (SIDE**2 // 4), VISION_END], {"pixel_values": pixels}
+    frames = getattr(picture, "frames", 1)
+    pixels = torch.randn(frames, 3, SIDE * PATCH, SIDE * PATCH, generator=generator)
+    frame = [VISION_START, *[IMAGE] * (SIDE**2 // 4), VISION_END]
+    return frame * frames, {"pixel_values": pixels}
 
 
-INTERNVL = Tiny("InternVLForConditionalGeneration", config, encode)
+INTERNVL = Tiny("InternVLForConditionalGeneration", config, encode, videos=True)

@@ -8,6 +8,8 @@ import transformers
 from torch import Tensor
 
 from restore_ext.testing.zoo import (
+    BOS,
+    EOS,
     IMAGE,
     MROPE_SECTION,
     PATCH,
@@ -96,6 +98,8 @@ def glm4v(text: dict[str, Any]) -> Any:
         video_token_id=VIDEO,
         image_start_token_id=VISION_START,
         image_end_token_id=VISION_END,
+        video_start_token_id=BOS,  # which no text has
+        video_end_token_id=EOS,
     )
 
 
@@ -121,17 +125,39 @@ def encode_frames(
     return encode(picture, generator, frame_by_frame=True)
 
 
+def encode_marked(
+    picture: Picture | Video, generator: torch.Generator
+) -> tuple[list[int], dict[str, Tensor]]:
+    """As GLM-4V: images in all but the marks around a video."""
+    ids, tensors = encode_frames(picture, generator)
+    if isinstance(picture, Picture):
+        return ids, tensors
+    return [BOS, *(IMAGE if i == VIDEO else i for i in ids), EOS], tensors
+
+
+def per_marked_row(input_ids: Tensor) -> dict[str, Tensor]:
+    if VERSION < (5, 0):
+        return {}
+    within = (input_ids == BOS).cumsum(1) - (input_ids == EOS).cumsum(1)
+    return {"mm_token_type_ids": (input_ids == IMAGE) * (1 + within)}
+
+
 def per_row(input_ids: Tensor) -> dict[str, Tensor]:
     if VERSION < (5, 0):
         return {}
     return {"mm_token_type_ids": (input_ids == IMAGE).long() + 2 * (input_ids == VIDEO).long()}
 
 
-def _tiny(model_class: str, config: Callable[..., Any], encode: Callable[..., Any]) -> Tiny:
+def _tiny(
+    model_class: str,
+    config: Callable[..., Any],
+    encode: Callable[..., Any],
+    per_row: Callable[[Tensor], dict[str, Tensor]] = per_row,
+) -> Tiny:
     return Tiny(model_class, config, encode, per_row=per_row, videos=True)
 
 
 QWEN2_VL = _tiny("Qwen2VLForConditionalGeneration", qwen2_vl, encode)
 QWEN2_5_VL = _tiny("Qwen2_5_VLForConditionalGeneration", qwen2_5_vl, encode)
 QWEN3_VL = _tiny("Qwen3VLForConditionalGeneration", qwen3_vl, encode_frames)
-GLM4V = _tiny("Glm4vForConditionalGeneration", glm4v, encode)
+GLM4V = _tiny("Glm4vForConditionalGeneration", glm4v, encode_marked, per_marked_row)
