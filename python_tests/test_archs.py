@@ -32,7 +32,7 @@ def test_what_is_built_otherwise_than_asked_is_said():
 
 @pytest.mark.parametrize("text", ["Hopper", "90a", "8.0+ptx", "native", "8", "7.5", " "])
 def test_a_list_that_names_nothing_to_build_for_is_refused(text):
-    with pytest.raises(ValueError, match="^TORCH_CUDA_ARCH_LIST must name .*, got "):
+    with pytest.raises(ValueError, match=r"^TORCH_CUDA_ARCH_LIST must name .*, got "):
         archs.wanted(text)
 
 
@@ -64,7 +64,7 @@ def test_what_nvcc_is_told():
 def test_where_it_runs(built, on, not_on):
     assert all(archs.runs(built, gpu) for gpu in on)
     assert not any(archs.runs(built, gpu) for gpu in not_on)
-    with pytest.raises(ValueError, match="^built must be an architecture"):
+    with pytest.raises(ValueError, match=r"^built must be an architecture"):
         archs.runs("", (8, 0))
 
 
