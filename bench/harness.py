@@ -248,8 +248,8 @@ def compare(timers: Timers, ready: dict[str, Ready], seconds: float) -> Iterator
     """Rounds in which every provider runs once, until each has had its seconds."""
     if not timers:
         return
-    slowest = 1e-9  # also warms up
-    for name, timer in timers.items():
+    slowest = 1e-9
+    for name, timer in timers.items() if seconds else ():  # also warms up
         with ready[name].peer.around():
             slowest = max(slowest, timer(), timer())
     rounds = max(2 if seconds == 0 else 7, min(ROUNDS, int(seconds / slowest)))
