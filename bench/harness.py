@@ -186,6 +186,7 @@ class Ready:
     error: float | None
     note: str
     wrong: bool
+    said: str = ""
 
     @classmethod
     def of(cls, peer: Peer, given: Given, check: Callable[..., float | None]) -> "Ready":
@@ -198,7 +199,7 @@ class Ready:
             error = check(answer, **given)
         except AssertionError as trouble:
             note = str(trouble).partition("\n")[0] or "the check failed"
-        return cls(peer, given, call, error, note, wrong=bool(note) and peer.exact)
+        return cls(peer, given, call, error, note, bool(note) and peer.exact, peer.says(given))
 
     def again(self, given: Given) -> Call:
         """The call on other memory."""
@@ -281,8 +282,8 @@ def compare(timers: Timers, ready: dict[str, Ready], seconds: float) -> Iterator
 def facts(bench: Bench, ready: Ready, micros: float) -> dict[str, Any]:
     """Rates and the error; a rate counts what the problem asks for, not what a provider does."""
     row: dict[str, Any] = {"error": "" if ready.error is None else f"{ready.error:.1e}"}
-    if ready.note:
-        row["note"] = f"half precision: {ready.note}"
+    if note := f"half precision: {ready.note}" if ready.note else ready.said:
+        row["note"] = note
     if bench.cost is not None and micros:
         operations, moved = bench.cost(ready.given)
         row |= {

@@ -1,8 +1,10 @@
 """What the GPU proof measures, without a GPU: how a bench times, what is right, and the tables."""
 
 import json
+import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -117,6 +119,39 @@ def test_nothing_more_is_measured_on_a_device_that_is_lost(monkeypatch, capsys, 
         monkeypatch, capsys, {"plain": one_more, OURS: one_more}, *results, "--resume", cases=2
     )
     assert code == 0 and "N=4" in said and "N=3" not in said
+
+
+def test_what_a_provider_says_of_itself_is_in_its_rows_and_in_the_table(
+    monkeypatch, capsys, tmp_path
+):
+    def by(given):
+        return f"by kernel {given['x'].shape[1]}"
+
+    providers = {"plain": one_more, OURS: Peer(lambda x: lambda: one_more(x), says=by)}
+    results = ["--keep", "--results", str(tmp_path)]
+    assert run_bench(monkeypatch, capsys, providers, *results)[0] == 0
+    (file,) = tmp_path.glob("*.csv")
+    kept = rows.read(file)
+    assert {r["note"] for r in kept if r["provider"] == OURS} == {"by kernel 3"}
+    text = "\n".join(table.of_gpu("Some GPU", kept))
+    assert "us by kernel" not in text and " by kernel 3 | plain" in text and "half" not in text
+
+
+def test_the_kernel_that_a_prompt_is_for_is_asked_for(monkeypatch):
+    given = AttentionCase(D=64).arguments()
+    assert attention.chosen(given) == ""
+
+    def taken_by(*names):
+        def call(**given):
+            if os.environ["RESTORE_EXT_ATTENTION"] not in names:
+                raise RuntimeError("does not take this")
+
+        monkeypatch.setattr(attention, "calibrated_attention", call)
+        return attention.chosen({"query": SimpleNamespace(is_cuda=True)})
+
+    assert taken_by("hopper", "prefill") == "by hopper"
+    assert taken_by("prefill") == "by prefill"
+    assert taken_by() == "by plain"
 
 
 def test_the_check_of_attention_sees_what_matters():

@@ -29,7 +29,7 @@ ARCHS = ("80", "90a", "100a", "120")
 FOLDER = Path("build/cuda_check")
 
 TENSOR_CORES = ("HMMA", "LDSM", "LDGSTS")
-FLOAT, HALF = "<.*float", "<(?!.*float)"  # its elements
+FLOAT, HALF = r"<.*\bfloat\b", r"<(?!.*\bfloat\b)"  # its elements
 
 
 @dataclass(frozen=True)
