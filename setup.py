@@ -7,10 +7,12 @@ RESTORE_EXT_CUDA=1      the CUDA operators even on a CPU torch: the library then
 
 Kernels see no torch, so plain nvcc compiles them, the same under any torch: CUDA_HOME says which,
 TORCH_CUDA_ARCH_LIST for which architectures, MAX_JOBS how many at once.
+(9.0 is built as 9.0a: restore_ext/archs.py.)
 """
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +22,7 @@ from setuptools import setup
 from torch.utils import cpp_extension
 
 # The PTX is for a GPU that none of the others is for: 10.3, or newer ones.
-ARCHS = os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0+PTX 9.0a 10.0a 12.0")
+ARCHS = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0+PTX 9.0a 10.0a 12.0"
 TORCH_TARGET = "2.11"  # the oldest torch the library runs under
 HOME = Path(os.environ.get("CUDA_HOME") or "/usr/local/cuda")
 
@@ -36,15 +38,21 @@ sources = sorted(str(p) for f in folders for p in Path(f).glob("*.cpp"))
 major, minor = map(int, TORCH_TARGET.split("."))
 
 
+archs: list[str] = []
+rules = runpy.run_path("restore_ext/archs.py")
+if with_cuda:
+    try:
+        archs, notes = rules["wanted"](ARCHS)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    for note in notes:
+        print(f"TORCH_CUDA_ARCH_LIST: {note}")
+
+
 def gencode(kernel: Path) -> str:
     """What a kernel is compiled for: all, or those that its line `// Architectures: 90a` names."""
-    wanted = ARCHS.replace(".", "").replace(";", " ").split()
-    if named := re.search(r"^// Architectures: (.+)$", kernel.read_text(), re.MULTILINE):
-        only = named[1].split()  # if none is wanted: all, since its launcher is linked in any case
-        wanted = [a for a in wanted if a.removesuffix("+PTX") in only] or only
-    codes = [f"arch=compute_{a},code=sm_{a}" for a in (w.removesuffix("+PTX") for w in wanted)]
-    codes += [f"arch=compute_{a[:-4]},code=compute_{a[:-4]}" for a in wanted if a.endswith("+PTX")]
-    return " ".join(f"-gencode={code}" for code in codes)
+    named = re.search(r"^// Architectures: (.+)$", kernel.read_text(), re.MULTILINE)
+    return rules["gencode"](archs, named[1].split() if named else None)
 
 
 def compile_kernels() -> list[str]:
@@ -89,7 +97,7 @@ extension = cpp_extension.CppExtension(
     define_macros=[
         ("TORCH_TARGET_VERSION", f"0x{major << 56 | minor << 48:016x}"),
         ("RESTORE_EXT_TORCH_TARGET", f'"{TORCH_TARGET}"'),
-        ("RESTORE_EXT_CUDA_ARCHS", f'"{ARCHS if with_cuda else ""}"'),
+        ("RESTORE_EXT_CUDA_ARCHS", f'"{" ".join(archs)}"'),
     ],
     # The entries read the toolkit's types, and the profiler's ranges its NVTX, where it is there.
     include_dirs=[str(HOME / "include")] if (HOME / "include").exists() else [],

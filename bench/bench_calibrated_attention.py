@@ -4,9 +4,8 @@ A case without sizes and distances is plain causal attention, where SDPA needs n
 GPU also against the released code's layer and against kernels that know a bias, or none.
 """
 
-from bench.gpu.attention import BACKENDS, KEPT, check, cost, official_layer
+from bench.gpu.attention import BACKENDS, KEPT, OURS_BY, check, cost, official_layer
 from bench.harness import Gpu, Peer, main
-from restore_ext import calibrated_attention
 from restore_ext.bench import plain
 from restore_ext.testing.attention import AttentionCase
 
@@ -46,7 +45,7 @@ if __name__ == "__main__":
     providers = {
         "SDPA, new mask": plain.calibrated_attention,
         "SDPA, old mask": KEPT,
-        "restore_ext": calibrated_attention,
+        "restore_ext": OURS_BY,
     }
     peers = {"released code's layer": Peer(official_layer), **BACKENDS}
     gpu = Gpu(ON_GPU, TINY, peers)

@@ -8,8 +8,9 @@ from bench.gpu.tokens import (
     released_anchors,
     square,
     token_cost,
+    topk_of_scores,
 )
-from bench.harness import Gpu, main
+from bench.harness import Gpu, Peer, main
 from restore_ext import select_anchors
 from restore_ext.bench import plain
 from restore_ext.testing.tokens import TokenCase, check_select_anchors
@@ -26,6 +27,7 @@ if __name__ == "__main__":
     providers = {"plain torch": plain.select_anchors, "restore_ext": select_anchors}
     peers = {
         "torch.compile": compiled_form(plain.select_anchors),
+        "torch.topk, scores given": Peer(topk_of_scores),
         "released code": half(released_anchors, mode="official"),
     }
     gpu = Gpu([Case(k=s["N"] // 9, **s) for s in SIZES], [Case(k=5, **s) for s in TINY], peers)

@@ -77,6 +77,18 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def lost(device: str) -> bool:
+    """Whether a GPU answers no more, as after a read out of bounds. One that does is tidied up."""
+    if not is_cuda(device):
+        return False
+    try:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    except RuntimeError:
+        return True
+    return False
+
+
 def l2_bytes(device: str) -> int:
     return torch.cuda.get_device_properties(0).L2_cache_size if is_cuda(device) else 1 << 20
 

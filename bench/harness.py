@@ -10,14 +10,16 @@ loop     on a GPU: host time of calls one after the other, which an eager caller
 graph    on a GPU, where a call takes under 50 us: replays of a CUDA graph of such calls, over the
          same inputs (warm L2) and over copies of them larger than the L2 (cold)
 
-A provider that cannot run here has a row that says why. --rehearse runs what is meant for a GPU on
-the CPU, on tiny problems, so that a typo shows before there is one.
+A provider that cannot run here, fails or is wrong has a row that says so. Where that is ours, or
+anyone on the CPU, the exit status is 1 at the end. --rehearse runs what is meant for a GPU on the
+CPU, on tiny problems, so that a typo shows before there is one.
 """
 
 import argparse
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,13 +31,12 @@ import torch
 from bench import clock
 from bench.clock import Call
 from bench.machine import machine
-from bench.provider import OURS, Given, Missing, Peer, Provider, as_peer
+from bench.provider import OURS, PARTIAL, Given, Missing, Peer, Provider, as_peer
 from bench.rows import Rows
 from restore_ext.testing import DEVICES
 
 __all__ = ["OURS", "Gpu", "Peer", "machine", "main"]
 SHORT = 50e-6  # seconds; below, launching dominates, and a graph is timed as well
-PARTIAL = 75  # exit status: the time was over before the cases were
 ROUNDS = 500
 
 
@@ -94,18 +95,19 @@ def main(
     bench = Bench(op, check, a.device, a.threads, a.seconds, a.rehearse, cost)
     rows = Rows(a.results, a.device) if a.keep else None
     print(f"{op} on {machine(a.device)}, torch {torch.__version__}, {a.threads} thread(s)")
-    wrong, left = False, []
+    wrong, lost, left = False, False, []
     for case in cases:
         for dtype in a.dtype or dtypes:
             name = {"op": op, "case": str(case), "dtype": dtype}
             if a.resume and rows is not None and rows.has(name):
                 continue
-            if a.until is not None and time.time() > a.until:
+            if lost or (a.until is not None and time.time() > a.until):
                 left.append(f"{case} {dtype}")
                 continue
             seen = []
             for row in run_case(bench, case, dtype, providers):
                 wrong |= row.pop("wrong", False)
+                lost |= row.pop("lost", False)
                 show(name | row)
                 seen.append(name | row | {"threads": a.threads})
             if rows is not None:  # whole or not at all: an interrupted case is measured again
@@ -139,27 +141,39 @@ def parse(op: str) -> argparse.Namespace:
 def run_case(
     bench: Bench, case: Case, dtype: str, providers: dict[str, Provider]
 ) -> Iterator[dict[str, Any]]:
-    given = case.arguments(bench.device, getattr(torch, dtype))
-    ready: dict[str, Ready] = {}
-    for name, provider in providers.items():
-        peer = as_peer(provider)
-        try:
-            ready[name] = Ready.of(peer, given, bench.check)
-        except Missing as error:
-            yield {"provider": name, "note": f"missing: {error}"}
-        except Exception as error:
-            if name == OURS or bench.device == "cpu":
-                raise
-            torch.cuda.empty_cache()
-            said = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-            yield {"provider": name, "note": f"failed: {said}"}
-    for name, bad in [(n, r) for n, r in ready.items() if r.wrong]:
-        yield {"provider": name, "note": f"wrong: {bad.note}", "wrong": True}
-        del ready[name]
-    for how, cache, timers in clocks(bench, ready, given):
-        for row in compare(timers, ready, bench.seconds):
-            name = row["provider"]
-            yield {"how": how, "cache": cache} | row | facts(bench, ready[name], row["us"])
+    """The rows of a case. Where the device is lost the last one says so: nothing runs there now."""
+    try:
+        given = case.arguments(bench.device, getattr(torch, dtype))
+        ready: dict[str, Ready] = {}
+        for name, provider in providers.items():
+            try:
+                ready[name] = Ready.of(as_peer(provider), given, bench.check)
+            except Missing as error:
+                yield {"provider": name, "note": f"missing: {error}"}
+            except Exception as error:
+                row = failed(bench, name, error)
+                yield dict(row)
+                if row["lost"]:
+                    return
+        for name, bad in [(n, r) for n, r in ready.items() if r.wrong]:
+            yield {"provider": name, "note": f"wrong: {bad.note}", "wrong": True}
+            del ready[name]
+        for how, cache, timers in clocks(bench, ready, given):
+            for row in compare(timers, ready, bench.seconds):
+                name = row["provider"]
+                yield {"how": how, "cache": cache} | row | facts(bench, ready[name], row["us"])
+    except Exception as error:  # past the first call nobody but ours is waited for
+        yield failed(bench, OURS, error)
+
+
+def failed(bench: Bench, name: str, error: Exception) -> dict[str, Any]:
+    """A row in place of numbers. On the CPU nobody may fail; on a GPU others may, if it lives."""
+    lost = clock.lost(bench.device)
+    wrong = lost or name == OURS or bench.device == "cpu"
+    if wrong:
+        traceback.print_exception(error)
+    said = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    return {"provider": name, "note": f"failed: {said}", "wrong": wrong, "lost": lost}
 
 
 @dataclass(frozen=True)
@@ -172,6 +186,7 @@ class Ready:
     error: float | None
     note: str
     wrong: bool
+    said: str = ""
 
     @classmethod
     def of(cls, peer: Peer, given: Given, check: Callable[..., float | None]) -> "Ready":
@@ -184,7 +199,7 @@ class Ready:
             error = check(answer, **given)
         except AssertionError as trouble:
             note = str(trouble).partition("\n")[0] or "the check failed"
-        return cls(peer, given, call, error, note, wrong=bool(note) and peer.exact)
+        return cls(peer, given, call, error, note, bool(note) and peer.exact, peer.says(given))
 
     def again(self, given: Given) -> Call:
         """The call on other memory."""
@@ -234,8 +249,8 @@ def compare(timers: Timers, ready: dict[str, Ready], seconds: float) -> Iterator
     """Rounds in which every provider runs once, until each has had its seconds."""
     if not timers:
         return
-    slowest = 1e-9  # also warms up
-    for name, timer in timers.items():
+    slowest = 1e-9
+    for name, timer in timers.items() if seconds else ():  # also warms up
         with ready[name].peer.around():
             slowest = max(slowest, timer(), timer())
     rounds = max(2 if seconds == 0 else 7, min(ROUNDS, int(seconds / slowest)))
@@ -267,8 +282,8 @@ def compare(timers: Timers, ready: dict[str, Ready], seconds: float) -> Iterator
 def facts(bench: Bench, ready: Ready, micros: float) -> dict[str, Any]:
     """Rates and the error; a rate counts what the problem asks for, not what a provider does."""
     row: dict[str, Any] = {"error": "" if ready.error is None else f"{ready.error:.1e}"}
-    if ready.note:
-        row["note"] = f"half precision: {ready.note}"
+    if note := f"half precision: {ready.note}" if ready.note else ready.said:
+        row["note"] = note
     if bench.cost is not None and micros:
         operations, moved = bench.cost(ready.given)
         row |= {

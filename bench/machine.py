@@ -4,11 +4,12 @@ import hashlib
 from functools import cache
 from pathlib import Path
 
+from restore_ext import _C
 from restore_ext.bench.facts import ROOT, commit, first_line, machine
 
 __all__ = ["commit", "machine"]
 SOURCES = ("csrc", "restore_ext", "bench", "python_tests", "tools", "setup.py")
-KINDS = (".cpp", ".h", ".cu", ".cuh", ".py", ".sh", ".so")
+KINDS = (".cpp", ".h", ".cu", ".cuh", ".py", ".sh")
 
 
 def file_name(device: str) -> str:
@@ -29,11 +30,17 @@ def clocks() -> str:
 
 @cache
 def source() -> str:
-    """A digest of all that a result depends on, the library too: a commit may be dirty."""
+    """A digest of all that a result depends on: a commit may be dirty. The same on every machine,
+    so not of the library that is built from it."""
     files = [ROOT / name for name in SOURCES if (ROOT / name).is_file()]
     for folder in SOURCES:
         files += [p for p in (ROOT / folder).rglob("*") if p.suffix in KINDS and p.is_file()]
     return digest(files)
+
+
+def library() -> str:
+    """A digest of the library that is loaded."""
+    return hashlib.sha256(Path(_C.__file__).read_bytes()).hexdigest()[:12]
 
 
 def digest(files: list[Path]) -> str:

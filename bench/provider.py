@@ -11,6 +11,7 @@ import torch
 
 Given = dict[str, Any]
 OURS = "restore_ext"  # its name among the providers of a bench
+PARTIAL = 75  # a bench's exit status: the time was over before the cases were
 
 
 class Missing(Exception):
@@ -26,6 +27,7 @@ class Peer:
     exact    False: it computes in half precision what we compute in float32, so that its picks may
              differ. That is noted, and it is timed all the same.
     around   a context to make, call and capture it in, entered while no clock runs
+    says     the arguments -> what is noted in its rows beside the numbers
     captured False: it waits for the device, so that no CUDA graph can be made of it
     """
 
@@ -34,6 +36,7 @@ class Peer:
     exact: bool = True
     around: Callable[[], AbstractContextManager[Any]] = nullcontext
     captured: bool = True
+    says: Callable[[Given], str] = lambda given: ""
 
 
 Provider = Callable[..., Any] | Peer

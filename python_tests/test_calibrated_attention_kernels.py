@@ -111,6 +111,18 @@ def test_reads_positions_with_and_without_axes(forced, device):
     assert_within_twice_sdpa(forced(given), given)
 
 
+@pytest.mark.skipif(not ON_CUDA, reason="of the CUDA kernels")
+def test_a_decoding_step_copies_no_cache(device):
+    """Not one that begins off 16 bytes either, which the tensor cores do not take."""
+    given = AttentionCase(B=2, Hq=4, Hkv=2, Lq=1, Lk=300, D=64).arguments(device, torch.bfloat16)
+    off = {n: torch.nn.functional.pad(given[n], (1, 0))[..., 1:] for n in ("key", "value")}
+    assert all(t.data_ptr() % 16 for t in off.values())
+    with torch.profiler.profile() as seen:
+        got = ops.calibrated_attention(**given | off, return_lse=True)
+    assert "aten::copy_" not in {event.name for event in seen.events()}
+    assert_within_twice_sdpa(got, given)
+
+
 @pytest.mark.parametrize("view", testing.VIEWS)
 def test_reads_nothing_outside_a_view(view, forced, device):
     case = AttentionCase(B=2, Hq=4, Hkv=2, Lq=70, Lk=140, D=64, padding=(0, 31), ranges="window")

@@ -10,14 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import harness, machine, rows
-from bench.gpu import attention, build, collect, proof, table
+from bench import machine, rows
+from bench.gpu import build, drive, problems, proof, stages
 from bench.gpu.stages import OPERATORS, STAGES, Context, Stage, lacking
-from bench.harness import Gpu
-from bench.provider import OURS, Missing, Peer
-from restore_ext import calibrated_attention
-from restore_ext.testing.attention import AttentionCase, truth
-from restore_ext.testing.tokens import TokenCase
+from bench.provider import OURS
+from restore_ext import _C
 
 ROOT = Path(__file__).parent.parent
 
@@ -81,7 +78,7 @@ def test_a_stage_that_passed_is_not_run_again(tmp_path, monkeypatch):
     monkeypatch.setattr(proof, "facts", lambda rehearse: {"commit": machine.commit()})
     ran = []
     stage = Stage("trial", "", lambda c: ran.append(1) or [])
-    monkeypatch.setattr(proof, "run_all", lambda s, c: (s.commands(c), {"status": "ok"})[1])
+    monkeypatch.setattr(proof, "run_all", lambda s, c, *rest: (s.commands(c), {"status": "ok"})[1])
     for commit, force, count in (("abc", False, 1), ("abc", False, 1), ("abc", True, 2)):
         monkeypatch.setattr(machine, "commit", lambda commit=commit: commit)
         assert proof.prove(stage, tmp_path, True, force)["status"] == "ok"
@@ -122,6 +119,168 @@ def test_the_worst_of_several_commands_counts_and_all_run(tmp_path):
     assert record["exits"] == codes and record["status"] == "failed"
 
 
+def test_a_stage_goes_on_where_it_was(tmp_path, monkeypatch):
+    """What passed is not run again, by any record that an interrupted run has left."""
+    monkeypatch.setattr(proof, "facts", lambda rehearse: {})
+    flag = tmp_path / "flag"
+    codes = [
+        "print('first')",
+        f"import pathlib; raise SystemExit(0 if pathlib.Path({str(flag)!r}).exists() else 3)",
+        "print('last')",
+    ]
+    stage = Stage("trial", "", lambda c: [[sys.executable, "-c", x] for x in codes])
+    ran = []
+    executed = proof.executed
+    monkeypatch.setattr(
+        proof, "executed", lambda command, *rest: ran.append(command[2]) or executed(command, *rest)
+    )
+    assert proof.prove(stage, tmp_path, False)["exits"] == [0, 3, 0] and ran == codes
+    with monkeypatch.context() as patch:  # it dies in the second, which is yet to pass
+        patch.setattr(proof, "executed", lambda *a: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            proof.prove(stage, tmp_path, False)
+    assert json.loads((tmp_path / "trial.json").read_text())["status"] == "partial"
+    flag.touch()
+    ran.clear()
+    record = proof.prove(stage, tmp_path, False)
+    assert record["status"] == "ok" and ran == codes[1:2] and record["exits"] == [0, 0, 0]
+
+
+def test_a_command_that_hangs_costs_no_other(tmp_path):
+    codes = ["import time; time.sleep(60)", "pass"]
+    commands = [[sys.executable, "-c", x] for x in codes]
+    stage = Stage("trial", "", lambda c: commands, seconds=1)
+    start = time.time()
+    record = proof.run_all(stage, Context(tmp_path, False, False, start + 60))
+    assert record["exits"] == [proof.TIMEOUT, 0] and record["status"] == "timeout"
+    late = proof.run_all(stage, Context(tmp_path, False, False, start))
+    assert late["status"] == "partial" and late["not_reached"] == [
+        f"python -c {code}" for code in codes
+    ]
+    assert time.time() - start < 30
+
+
+def test_the_name_of_a_command_says_what_it_is_in_every_run(tmp_path):
+    names = [
+        proof.name_of(Context(tmp_path, False, False, end).bench("decode")) for end in (100, 200)
+    ]
+    assert names[0] == names[1] and names[0].startswith("python -m bench.bench_decode")
+
+
+def alone(script, tmp_path):
+    """What a script says that begins where no library has been loaded, nor can be."""
+    file, log = tmp_path / "alone.py", tmp_path / "log"
+    file.write_text(
+        "import sys\n"
+        "sys.stdout, sys.stderr = open(1, 'w', 1), open(2, 'w', 1)\n"
+        "for name in [m for m in sys.modules if m.split('.')[0] in ('restore_ext', 'bench')]:\n"
+        "    del sys.modules[name]\n"
+        "sys.modules['restore_ext._C'] = None\n" + script
+    )
+    with log.open("w") as out:
+        code = proof.rehearsed([sys.executable, str(file)], {}, out.fileno(), time.time() + 60)
+    return code, log.read_text()
+
+
+def test_a_tree_without_a_library_builds_one_first(tmp_path):
+    code, said = alone("from bench.gpu.proof import main; main(['--list'])", tmp_path)
+    assert code == 0 and said.split()[0] == "build", said
+    code, said = alone("from bench.gpu.proof import main; main(['--dry-run'])", tmp_path)
+    assert code == 2 and "there is no library to load" in said, said
+    script = """
+import subprocess, torch
+from bench.gpu import proof
+torch.cuda.is_available = lambda: True
+def build(command, **more):
+    assert command[1:] == ["-m", "bench.gpu.build"], command
+    del sys.modules["restore_ext._C"]
+    return subprocess.CompletedProcess(command, 0)
+subprocess.run = build
+def prove(stage, *rest):
+    print("at", stage.name)
+    return dict(stage="", status="ok", seconds=0, note="")
+proof.prove = prove
+proof.collect = lambda *rest: None
+proof.main(["--stage", "smoke"])
+"""
+    code, said = alone(script, tmp_path)
+    assert code == 0 and "building\nat smoke" in said, said
+
+
+def test_what_results_depend_on_is_the_same_on_every_machine(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    file, library = tmp_path / "csrc/a.cu", tmp_path / "restore_ext/_C.abi3.so"
+    for path in (file, library):
+        path.parent.mkdir()
+        path.write_text("1")
+    source = machine.source.__wrapped__
+    before = source()
+    library.write_text("2")
+    assert source() == before
+    file.write_text("2")
+    assert source() != before
+    assert machine.library() == machine.library() and len(machine.library()) == 12
+
+
+def test_every_test_of_an_operator_runs_in_one_stage():
+    assert stages.test_files("calibrated_attention") == [
+        "python_tests/test_calibrated_attention.py",
+        "python_tests/test_calibrated_attention_kernels.py",
+    ]
+    assert "python_tests/test_calibrated_attention_paged_refusals.py" in stages.test_files(
+        "calibrated_attention_paged"
+    )
+    found = [f for op in OPERATORS for f in stages.test_files(op)]
+    assert len(found) == len(set(found)) and all(stages.test_files(op) for op in OPERATORS)
+
+
+def test_every_operator_has_a_command_of_its_own(tmp_path):
+    c = Context(tmp_path, False, False, 0)
+    by_name = {stage.name: stage.commands(c) for stage in STAGES}
+    for name in ("sanitizer-short", "sanitizer-racecheck"):
+        asked = [command[command.index("--op") + 1] for command in by_name[name]]
+        assert asked == list(OPERATORS)
+    kernels = [" ".join(command).partition("--op ")[2] for command in by_name["smoke"]]
+    assert {f"calibrated_attention --kernel {k}" for k in stages.KERNELS} < set(kernels)
+    assert len(by_name["tests-tokens"]) == 6 and len(by_name["tests-attention"]) == 3
+    names = [stage.name for stage in STAGES]
+    assert names[:4] == ["build", "smoke", "tests-tokens", "tests-attention"]
+    assert names.index("sanitizer-short") < names.index("bench-attention") < names.index("golden")
+    for stage in STAGES:
+        assert stage.minutes <= 9 and stage.seconds <= 9 * 60
+
+
+def test_the_toolkits_sanitizer_is_found_without_a_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(stages, "CUDA", tmp_path / "cuda")
+    assert not stages.there(stages.SANITIZER, rehearse=False)
+    program = tmp_path / "cuda/bin/compute-sanitizer"
+    program.parent.mkdir(parents=True)
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    assert stages.there(stages.SANITIZER, rehearse=False)
+    c = Context(tmp_path, False, False, 0)
+    assert stages.sanitizer("memcheck")(c)[0][0] == str(program)
+
+
+def test_a_kernel_is_forced_for_one_call_and_left_out_where_it_does_not_take_a_problem(
+    monkeypatch, capsys
+):
+    seen = []
+
+    def answer(**given):
+        seen.append(os.environ.get("RESTORE_EXT_ATTENTION"))
+        if seen[-1] == "hopper":
+            raise RuntimeError("RESTORE_EXT_ATTENTION=hopper does not take this")
+        return given["query"]
+
+    monkeypatch.setattr(problems.ops, "calibrated_attention", answer)
+    some = [p for p in problems.BY_KERNEL if p.case == problems.ATTENTION[0]]
+    assert drive.drive(some, "cpu", [torch.bfloat16])
+    assert set(seen) == {None, *stages.KERNELS} and "RESTORE_EXT_ATTENTION" not in os.environ
+    assert capsys.readouterr().out.count("is not for it") == 1
+
+
 def test_what_a_stage_needs_and_is_not_there_is_said(tmp_path):
     stage = staged("", needs=("a_module_of_nobody", "tools/nowhere.py"))
     record = proof.prove(stage, tmp_path, rehearse=True)
@@ -129,168 +288,41 @@ def test_what_a_stage_needs_and_is_not_there_is_said(tmp_path):
     assert record["note"] == "not on this machine: a_module_of_nobody, tools/nowhere.py"
 
 
-def run_bench(monkeypatch, capsys, providers, *arguments):
-    """The exit status and the output of a bench of toy providers: x -> x + 1."""
-
-    def check(out, x):
-        assert torch.equal(out, x + 1), "not one more"
-
-    class Case(TokenCase):
-        def arguments(self, device, dtype):
-            return {"x": self.x(device, dtype)}
-
-    monkeypatch.setattr(sys, "argv", ["bench", "--rehearse", *arguments])
-    with pytest.raises(SystemExit) as stop:
-        harness.main("toy", [], providers, check, gpu=Gpu([], [Case(N=3, C=2)]))
-    return stop.value.code, capsys.readouterr().out
-
-
-def absent(**given):
-    raise Missing("no such library")
-
-
-def one_more(x):
-    return x + 1
-
-
-def test_a_bench_times_nothing_wrong_and_drops_nobody(monkeypatch, capsys, tmp_path):
-    providers = {
-        "plain": one_more,
-        "liar": lambda x: x,
-        "rounder": Peer(lambda x: lambda: x, exact=False),
-        "stranger": Peer(absent),
-        OURS: one_more,
-    }
-    results = ["--keep", "--results", str(tmp_path)]
-    code, said = run_bench(monkeypatch, capsys, providers, *results)
-    assert code == 1
-    (file,) = tmp_path.glob("*.csv")
-    kept = rows.read(file)
-    assert [r["note"] for r in kept if r["provider"] == "liar"] == ["wrong: not one more"]
-    assert [r["note"] for r in kept if r["provider"] == "stranger"] == ["missing: no such library"]
-    assert {r["note"] for r in kept if r["provider"] == "rounder"} == {
-        "half precision: not one more"
-    }
-    assert all(r["us"] for r in kept if r["provider"] in ("plain", "rounder", OURS))
-    assert next(r for r in kept if r["provider"] == "plain")["speedup"] == "1.0"
-
-    del providers["liar"]
-    code, said = run_bench(monkeypatch, capsys, providers, *results, "--resume")
-    assert code == 0 and "plain" not in said, "it was measured before"
-    code, said = run_bench(monkeypatch, capsys, providers, "--until", "0")
-    assert code == harness.PARTIAL and "NOT REACHED toy" in said
-
-
-def test_the_check_of_attention_sees_what_matters():
-    case = AttentionCase(B=2, Hq=32, Hkv=2, Lq=140, Lk=140, D=32)
-    given = case.arguments("cpu", torch.bfloat16)
-    out = calibrated_attention(**given)
-    assert attention.check(out, **given) < 5e-3
-    for name in ("log_size", "decay"):
-        with pytest.raises(AssertionError):
-            attention.check(calibrated_attention(**given | {name: None}), **given)
-    swapped = given | {"query": given["query"].roll(1, 1)}
-    shifted = given | {"query_position": given["query_position"] + 9}
-    spoiled = out.clone()
-    spoiled[0, 3, -1] = 0.0  # the last query of a head
-    others = [calibrated_attention(**g) for g in (shifted, swapped)]
-    for wrong in (*others, spoiled, out.roll(1, 2), out * 1.03):
-        with pytest.raises(AssertionError):
-            attention.check(wrong, **given)
-    with pytest.raises(AssertionError):
-        attention.check(torch.full_like(out, float("nan")), **given)
-
-
-@pytest.mark.parametrize("causal", [True, False])
-def test_a_part_of_the_queries_is_the_whole_problem_for_them(causal):
-    for case in (AttentionCase(B=3, Lq=150, Lk=170, D=32), AttentionCase(positions=None, D=32)):
-        given = case.arguments() | {"causal": causal}
-        rows_, batch = attention.some(given)
-        few = truth(attention.part(given, rows_, batch))
-        whole = truth(given)
-        torch.testing.assert_close(few[0], whole[0][batch][:, :, rows_])
-
-
-def gpu_row(**more):
-    row = dict.fromkeys(rows.NAMES, "") | {"op": "merge_tokens", "case": "N=9", "dtype": "bfloat16"}
-    row |= {"how": "graph", "cache": "warm", "driver": "1.2", "commit": "abc", "source": "s"}
-    return row | more
-
-
-def test_results_are_collected_once_and_rehearsals_never(tmp_path):
-    folder, results = tmp_path / "out", tmp_path / "results"
-    rows.append(folder / "results/Some_GPU.csv", [gpu_row(provider=OURS, us=2.0)])
-    rows.append(folder / "results/Some_CPU.csv", [gpu_row(provider=OURS, us=2.0, driver="")])
-    record = {"gpu": "Some GPU", "status": "ok", "when": "2026-01-01", "commit": "abc"}
-    said = {
-        "tests": record | {"stage": "tests"},
-        "build": record | {"stage": "build", "status": "failed"},
-        "model": record | {"stage": "model", "dry_run": True},
-    }
-    for name, content in said.items():
-        (folder / f"{name}.json").write_text(json.dumps(content))
-    for _ in range(2):
-        collect.collect(folder, results)
-    assert [f.name for f in sorted(results.iterdir())] == ["Some_GPU.csv", "gpu_proof.json"]
-    assert len(rows.read(results / "Some_GPU.csv")) == 1
-    assert list(collect.passed(results)["Some GPU"]) == ["tests"]
-
-
-def test_the_table_of_numbers(tmp_path):
-    assert table.numbers(tmp_path).startswith("No GPU has run the CUDA kernels yet")
-    rows.append(
-        tmp_path / "Some_GPU.csv",
-        [
-            gpu_row(provider="plain torch", us=7.0, source="old"),
-            gpu_row(provider="gone", us=7.0, source="old"),
-            gpu_row(provider="plain torch", us=6.0),
-            gpu_row(provider="released code", us=3.0, note="half precision: off"),
-            gpu_row(provider="stranger", note="missing: nobody", how="", cache=""),
-            gpu_row(provider=OURS, us=2.0),
-            gpu_row(provider=OURS, us=9.0, how="loop"),
-        ],
-    )
-    text = table.numbers(tmp_path)
-    assert "Some GPU, driver 1.2" in text and "commit abc" in text
-    assert "| graph, warm L2 | 2.0 | plain torch 3.00, released code\\* 1.50 |" in text
-    assert "stranger (missing: nobody)" in text and "gone" not in text
-
-
-def test_the_table_of_kernels():
-    now = machine.kernels()
-    lines = table.proof_table({}).splitlines()
-    assert len(lines) == 2 + len(now) and all(line.count("never") == 4 for line in lines[2:])
-    stem = next(iter(now))
-    name = table.launched_names((ROOT / f"csrc/cuda/{stem}.cu").read_text())[0]
-    ran = {"commit": "abc", "source": "s", "when": "", "kernels": now}
-    stages = {
-        "launches": ran
-        | {"stage": "launches", "launched": [f"void restore_ext::cuda::{name}<float>"]},
-        "tests-gpu": ran | {"stage": "tests-gpu"},
-        "bench-reduce": ran | {"stage": "bench-reduce", "source": "other"},
-    }
-    line = table.proof_table({"Some GPU": stages}).splitlines()[2]
-    assert line == f"| `{stem}.cu` | abc on Some GPU | gpu: abc | never | never |"
-    ran["kernels"] = {stem: "other"}
-    stages["launches"]["kernels"] = {stem: "other"}
-    assert "abc on Some GPU, changed since" in table.proof_table({"Some GPU": stages})
-
-
-def test_kernels_are_found_in_what_a_profiler_says():
-    text = "__global__ void __launch_bounds__(f(2) * 3, 1) some_kernel(int a) { g(a); }"
-    assert table.launched_names(text) == ["some_kernel"]
-    for event in (
-        "void restore_ext::cuda::some_kernel<__half>(P)",
-        "_ZN11restore_ext11some_kernelIfE",
-    ):
-        assert table.launches([event], "some_kernel")
-    for event in ("void at::some_kernel<float>()", "restore_ext::awesome_kernel<float>()"):
-        assert not table.launches([event], "some_kernel")
-
-
 def test_which_machine_code_runs_where():
-    assert build.runs("9.0a", "9.0a") and build.runs("8.0", "8.9") and build.runs("12.0", "12.0")
-    assert not build.runs("8.0", "9.0a") and not build.runs("10.0a", "10.3a")
-    assert not build.runs("8.9", "8.6")
+    for built, arch in [
+        ("9.0a", "9.0a"),
+        ("9.0a+PTX", "9.0a"),
+        ("8.0", "8.9"),
+        ("8.0+PTX", "8.6"),
+        ("10.0", "10.3a"),
+        ("12.0", "12.1"),
+    ]:
+        assert build.is_for(built, arch)
+    for built, arch in [
+        ("9.0", "9.0a"),  # without the kernels for Hopper
+        ("8.0+PTX", "9.0a"),  # it runs, compiled by the driver, and without them
+        ("8.0+PTX", "12.0"),
+        ("8.0", "9.0a"),
+        ("10.0a", "10.3a"),
+        ("8.9", "8.6"),
+    ]:
+        assert not build.is_for(built, arch)
+
+
+def test_what_a_library_lacks_is_said(monkeypatch):
+    monkeypatch.setattr(_C, "cuda_archs", "8.0+PTX 9.0a")
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    monkeypatch.setattr(
+        torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda op, key: has(op, "CPU")
+    )
+    assert build.lack("9.0a") == build.lack("8.6") == build.lack("") == ""
+    assert build.lack("12.0") == "the library was built for 8.0+PTX 9.0a, not for 12.0"
+    monkeypatch.setattr(
+        torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda op, key: "merge" not in op
+    )
+    assert build.lack("9.0a") == "no CUDA kernel for merge_tokens"
+
+
+def test_every_operator_is_proven():
     assert build.operators() == list(dict.fromkeys(build.operators()))
     assert set(build.operators()) == set(OPERATORS)

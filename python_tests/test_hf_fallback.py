@@ -63,19 +63,27 @@ def test_a_device_without_kernels(family, part, on_gpu, monkeypatch):
     assert str(warning.message).endswith("this build of restore_ext has no kernels for cuda")
 
 
-@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (12, 1)])
-def test_a_gpu_older_than_the_kernels(capability, on_gpu, monkeypatch):
+@pytest.mark.parametrize(
+    ("capability", "why"),
+    [
+        ((7, 5), "the kernels need .* 8.0 .* this is 7.5"),
+        ((8, 0), ""),
+        ((10, 0), "this build of restore_ext is for 8.0 9.0a, this GPU is 10.0"),
+    ],
+)
+def test_a_gpu_that_runs_none_of_the_code(capability, why, on_gpu, monkeypatch):
     monkeypatch.setattr(checks, "DEVICE_TYPES", ("cpu", "meta", "cuda"))
+    monkeypatch.setattr(checks._C, "cuda_archs", "8.0 9.0a")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     model = fresh("llava")
-    if capability >= (8, 0):
+    if not why:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert on_gpu(model).settings.backend == "op"
         return
-    with pytest.warns(UserWarning, match=FALLS_BACK + "the kernels need .* 8.0 .* this is 7.5$"):
+    with pytest.warns(UserWarning, match=FALLS_BACK + why + "$"):
         assert on_gpu(model).settings.backend == "mask"
-    with pytest.raises(NotImplementedError, match=r"^x must be on the CPU: .* this is 7.5, got"):
+    with pytest.raises(NotImplementedError, match=f"^x must be on the CPU: {why}, got"):
         checks.require_kernels("x", GPU)
 
 

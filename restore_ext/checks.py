@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from restore_ext import _C, archs
 from restore_ext.ops import DEVICE_TYPES
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
-OLDEST_GPU = (8, 0)  # the compute capability that the CUDA kernels start at
 
 
 def require_features(name: str, x: Any, batch_shape: Sequence[int] | None = None) -> None:
@@ -54,9 +54,12 @@ def why_no_kernels(device: torch.device) -> str | None:
         return f"this build of restore_ext has no kernels for {device.type}"
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
-        if capability < OLDEST_GPU:
-            wanted, got = (".".join(map(str, c)) for c in (OLDEST_GPU, capability))
-            return f"the kernels need a GPU of compute capability {wanted} or newer, this is {got}"
+        got = ".".join(map(str, capability))
+        if capability < archs.OLDEST:
+            oldest = ".".join(map(str, archs.OLDEST))
+            return f"the kernels need a GPU of compute capability {oldest} or newer, this is {got}"
+        if not archs.has_code(_C.cuda_archs, capability):
+            return f"this build of restore_ext is for {_C.cuda_archs}, this GPU is {got}"
     return None
 
 

@@ -2,10 +2,11 @@
 
 python tools/cuda_check.py [--sass] [--archs 80,90a,100a,120] [--verbose] [FILE ...]
 
-Fails on a warning, a spill, a stack frame, and with --sass on an instruction that is missing or
-must not be there (EXPECT, FORBIDDEN). Needs nvcc, no GPU and no CUDA torch; --sass needs cuobjdump
-(pip install --no-deps nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm). What has not changed is not
-compiled again. A file that is for some architectures only says so in a comment line:
+Fails on a warning, a spill, a stack frame, and with --sass on an instruction that an instance of a
+kernel lacks or must not have, or on other registers than it is launched with (EXPECT, FORBIDDEN).
+Needs nvcc, no GPU and no CUDA torch; --sass needs cuobjdump (pip install --no-deps
+nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm). What has not changed is not compiled again. A file that
+is for some architectures only says so in a comment line:
 
 // Architectures: 90a 100a
 """
@@ -17,7 +18,9 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,11 +28,38 @@ CUDA = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
 ARCHS = ("80", "90a", "100a", "120")
 FOLDER = Path("build/cuda_check")
 
-# A file, the architectures (None: all), and instructions that some kernel in it must hold.
+TENSOR_CORES = ("HMMA", "LDSM", "LDGSTS")
+FLOAT, HALF = r"<.*\bfloat\b", r"<(?!.*\bfloat\b)"  # its elements
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What each instance of a kernel must hold, by how its plain name begins."""
+
+    file: str
+    name: str  # a regular expression
+    opcodes: tuple[str, ...] = ()
+    registers: int | None = None  # exactly
+    archs: tuple[str, ...] = ARCHS
+
+
+# Its warpgroups hand registers over by setmaxnreg, and have no more than the block was launched
+# with: 3 * 168 = 40 + 2 * 232, and 2 * 128 = 40 + 216.
+HOPPER = ("calibrated_attention_hopper_kernel", "hopper::calibrated_attention_hopper_kernel<.*, ")
+MOVED = ("HGMMA", "UTMALDG", "USETMAXREG")
 EXPECT = [
-    ("calibrated_attention_prefill_kernel", None, ("HMMA", "LDSM", "LDGSTS")),
-    ("calibrated_attention_hopper_kernel", ("90a",), ("HGMMA", "UTMALDG")),
-    ("row_scores_kernel", None, ("HMMA", "LDSM")),
+    Expected("calibrated_attention_prefill_kernel", r"calibrated_\w+" + HALF, TENSOR_CORES),
+    Expected("calibrated_attention_decode_kernel", "decode_kernel" + HALF, TENSOR_CORES),
+    Expected("match_bipartite_kernel", "match_kernel" + HALF, TENSOR_CORES),
+    Expected("match_bipartite_kernel", "match_kernel" + FLOAT, ("LDGSTS",)),
+    Expected("assign_anchors_kernel", "assign_kernel" + HALF, TENSOR_CORES),
+    Expected("assign_anchors_kernel", "assign_kernel" + FLOAT, ("LDGSTS",)),
+    Expected("nearest_rivals_kernel", "nearest_rivals_kernel" + HALF, TENSOR_CORES),
+    Expected("nearest_rivals_kernel", "nearest_rivals_kernel" + FLOAT, ("LDGSTS",)),
+    Expected("row_scores_kernel", "(column_scores|row_sums)_kernel" + HALF, ("HMMA", "LDSM")),
+    Expected(HOPPER[0], HOPPER[1] + "2>", MOVED, 168, ("90a",)),
+    Expected(HOPPER[0], HOPPER[1] + "1>", MOVED, 128, ("90a",)),
+    Expected(HOPPER[0], HOPPER[1], ("BPT",), None, ("80", "100a", "120")),  # a trap
 ]
 FORBIDDEN = ("LDL", "STL")  # local memory, in every kernel
 
@@ -103,13 +133,25 @@ class Job:
         found = [line for line in log.splitlines() if "Performance Loss" in line]  # serial wgmma
         for kernel in kernels.values():
             found += [f"{plain(kernel.name)}: {fault}" for fault in kernel.faults()]
-        present = {code for kernel in kernels.values() for code in kernel.opcodes}
-        for stem, archs, needed in EXPECT if with_sass else []:
-            if stem == self.source.stem and (archs is None or self.arch in archs):
-                found += [f"no {code}" for code in needed if code not in present]
+        for expected in EXPECT if with_sass else []:
+            if expected.file == self.source.stem and self.arch in expected.archs:
+                found += missing(expected, kernels.values())
         return found
 
 
+def missing(expected: Expected, kernels: Iterable[Kernel]) -> list[str]:
+    """What the kernels that are meant lack, or that there are none."""
+    named = {plain(kernel.name): kernel for kernel in kernels}
+    meant = {name: k for name, k in named.items() if re.match(expected.name, name)}
+    found = [] if meant else [f"no kernel is named {expected.name}"]
+    for name, kernel in meant.items():
+        found += [f"{name}: no {code}" for code in expected.opcodes if code not in kernel.opcodes]
+        if expected.registers not in (None, kernel.registers):
+            found.append(f"{name}: {kernel.registers} registers, not {expected.registers}")
+    return found
+
+
+@cache
 def plain(name: str) -> str:
     """A kernel's name without its namespace and parameters."""
     command = ["c++filt", name]

@@ -329,4 +329,32 @@ KERNELS = [
         "  __syncthreads();\n  float* warps",
         "  float* warps",
     ),
+    bug(
+        "match_bipartite",
+        "token_rows_kernel.cu",
+        "a token lies one place too far",
+        "(1u << lane) - 1",
+        "(2u << lane) - 1",
+    ),
+    bug(
+        "match_bipartite",
+        "token_rows_kernel.cu",
+        "squares of large rows overflow",
+        "exponent < -kOrdinary || exponent > kOrdinary",
+        "exponent < -kOrdinary",
+    ),
+    bug(
+        "score_anchors",
+        "score_anchors_kernel.cu",
+        "scores lie at ranks",
+        "p.score[b * x.N + x.token[at]]",
+        "p.score[at]",
+    ),
+    bug(
+        "score_anchors",
+        "score_anchors_kernel.cu",
+        "tokens that are not there keep what was there",
+        "if (n < x.N && x.valid && !x.valid[at]) p.score[at] = -INFINITY;",
+        "",
+    ),
 ]

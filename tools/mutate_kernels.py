@@ -1,4 +1,4 @@
-"""Plants each bug of mutants.py and kernel_mutants.py in a copy of the tree: do the tests catch it?
+"""Plants each bug of the *mutants.py here in a copy of the tree: do the tests catch it?
 
 python tools/mutate_kernels.py [-k WORDS] [--mode MODE] [--list]
 
@@ -14,6 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from hopper_mutants import HOPPER_KERNEL
 from kernel_mutants import KERNELS
 from mutants import GOLDEN, INSTRUCTIONS, Mutant
 
@@ -52,24 +53,23 @@ def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 def run_tests(mutant: Mutant, mode: str) -> str:
-    """What became of the tests: "passed", "failed", "does not build"."""
+    """What became of the tests: "passed", "failed", "does not build", "builds too long"."""
     command = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", mutant.tests]
     command += ["-k", mutant.subset] if mutant.subset else []
     modes = f"source {mode}" if mutant.tests == GOLDEN else mode  # it compares the two
+    # The emulator's own tests build their modules: those of the modes asked for.
+    what = [mode, "--only", *mutant.only] if mutant.only else ["modules"]
     try:
-        if mutant.only:
-            built = python("tools/emulator.py", mode, "--only", *mutant.only)
-            if built.returncode:
-                return "does not build"
-            command += ["--emulator", built.stdout.strip()]
-        else:
-            # The emulator's own tests build their modules: those of the modes asked for.
-            built = python("tools/emulator.py", "modules", CUEMU_MODES=modes)
-            if built.returncode:
-                return "does not build"
+        built = python("tools/emulator.py", *what, CUEMU_MODES=modes)
+    except subprocess.TimeoutExpired:
+        return "builds too long"
+    if built.returncode:
+        return "does not build"
+    command += ["--emulator", built.stdout.strip()] if mutant.only else []
+    try:
         done = python(*command, CUEMU_MODES=modes)
     except subprocess.TimeoutExpired:
-        return "failed"
+        return "failed"  # it hangs
     if done.returncode == 5:
         return "nothing to run"
     return "failed" if done.returncode else "passed"
@@ -99,7 +99,9 @@ def main() -> int:
     parser.add_argument("--mode", help="only this one")
     parser.add_argument("--list", action="store_true")
     arguments = parser.parse_args()
-    chosen = [m for m in [*INSTRUCTIONS, *KERNELS] if arguments.k in f"{m.file} {m.name}"]
+    chosen = [
+        m for m in [*INSTRUCTIONS, *KERNELS, *HOPPER_KERNEL] if arguments.k in f"{m.file} {m.name}"
+    ]
     if arguments.list:
         for m in chosen:
             print(f"{m.file:44} {m.name:44} {' '.join(m.modes)}")

@@ -14,7 +14,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
+from bench.gpu.problems import forced
 from bench.provider import Given, Peer, compiled, need, need_gpu
+from restore_ext import calibrated_attention
 from restore_ext.bench.plain import by_sdpa, mask_of
 from restore_ext.testing.attention import truth
 
@@ -63,6 +65,22 @@ def part(given: Given, rows: Tensor, batch: Tensor) -> Given:
         "causal": False,
         "key_range": seen,
     }
+
+
+def chosen(given: Given) -> str:
+    """Which kernel calibrated_attention has for a prompt on this GPU, by asking the best first."""
+    if not given["query"].is_cuda:
+        return ""
+    for kernel in ("hopper", "prefill"):
+        try:
+            with forced(kernel):
+                calibrated_attention(**given)
+        except RuntimeError as error:
+            if "does not take this" not in str(error):
+                raise
+        else:
+            return f"by {kernel}"
+    return "by plain"
 
 
 def cost(given: Given) -> tuple[float, float]:
@@ -215,6 +233,7 @@ def official_step(**given: Any) -> Callable[[], Tensor]:
     return layer
 
 
+OURS_BY = Peer(lambda **given: partial(calibrated_attention, **given), says=chosen)
 KEPT = Peer(sdpa_mask_kept)
 BACKENDS: dict[str, Any] = {
     "SDPA cuDNN, old mask": by_backend(SDPBackend.CUDNN_ATTENTION, biased=True),

@@ -60,8 +60,7 @@ def lack(arch: str) -> str:
     without = [op for op in operators() if not has(f"restore_ext::{op}", key)]
     if without:
         return f"no {key} kernel for {', '.join(without)}"
-    built = _C.cuda_archs.replace(";", " ").split()
-    if arch and not any(runs(b, arch) for b in built):
+    if arch and not any(is_for(built, arch) for built in _C.cuda_archs.split()):
         return f"the library was built for {_C.cuda_archs}, not for {arch}"
     return ""
 
@@ -70,12 +69,17 @@ def operators() -> list[str]:
     return re.findall(r'"(\w+)\(', (ROOT / "csrc/schema.cpp").read_text())
 
 
-def runs(built: str, arch: str) -> bool:
-    """Machine code runs on its major version from its minor on; with an `a`, there alone."""
-    if built.endswith("a"):
-        return built.rstrip("a") == arch.rstrip("a")
-    (a, b), (major, minor) = built.split("."), arch.rstrip("a").split(".")
-    return a == major and int(b) <= int(minor)
+def is_for(built: str, arch: str) -> bool:
+    """Whether a proof on a GPU of `arch` may use what was built: its own machine code.
+
+    PTX runs on a newer GPU, too, but without the kernels for Hopper, and compiled by the driver
+    there: that would prove something else. So would 9.0 without its `a`.
+    """
+    from restore_ext.archs import runs
+
+    code = built.removesuffix("+PTX")
+    major, minor = map(int, arch.rstrip("a").split("."))
+    return runs(code, (major, minor)) and not (arch == "9.0a" and code == "9.0")
 
 
 def build(arch: str) -> None:

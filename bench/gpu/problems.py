@@ -1,12 +1,15 @@
 """One or more small problems of every operator, for all that asks not what it computes but how."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bench.gpu.stages import KERNELS
 from bench.provider import Given
 from restore_ext import ops
 from restore_ext.testing.attention import AttentionCase
@@ -14,21 +17,40 @@ from restore_ext.testing.paged import PagedCase
 from restore_ext.testing.row_scores import RowScoresCase
 from restore_ext.testing.tokens import MergeCase, TokenCase
 
+FORCED = "RESTORE_EXT_ATTENTION"
+
 
 @dataclass(frozen=True)
 class Problem:
     op: str
     case: Any
     make: Callable[[Any, str, torch.dtype], Given]
+    kernel: str = ""  # of several on a GPU the one that is to answer; "" leaves the choice
 
     def __str__(self) -> str:
-        return f"{self.op} {self.case}"
+        return f"{self.op} {self.case}" + (f" by {self.kernel}" if self.kernel else "")
 
     def arguments(self, device: str, dtype: torch.dtype = torch.bfloat16) -> Given:
         return self.make(self.case, device, dtype)
 
     def call(self, given: Given) -> Any:
-        return getattr(ops, self.op)(**given)
+        with forced(self.kernel):
+            return getattr(ops, self.op)(**given)
+
+
+@contextmanager
+def forced(kernel: str) -> Iterator[None]:
+    """calibrated_attention by that kernel; what it does not take is a RuntimeError then."""
+    before = os.environ.get(FORCED)
+    if kernel:
+        os.environ[FORCED] = kernel
+    try:
+        yield
+    finally:
+        if kernel:
+            os.environ.pop(FORCED)
+        if before is not None:
+            os.environ[FORCED] = before
 
 
 def match(case: TokenCase, device: str, dtype: torch.dtype) -> Given:
@@ -85,6 +107,13 @@ PROBLEMS = [
     *[Problem("calibrated_attention", case, given_by_case) for case in ATTENTION],
     *[Problem("calibrated_attention_paged", case, given_by_case) for case in PAGED],
     *[Problem("row_scores", case, given_by_case) for case in ROW_SCORES],
+]
+# On a device whose best kernel takes them all, the others would never run.
+BY_KERNEL = [
+    replace(problem, kernel=kernel)
+    for problem in PROBLEMS
+    if problem.op == "calibrated_attention"
+    for kernel in KERNELS
 ]
 
 # Too large to be compared with the CPU: for what is launched only when there is a lot to do.

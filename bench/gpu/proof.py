@@ -4,8 +4,9 @@
     bench/gpu_proof.sh --collect DIR      results of another machine, into bench/results
 
 DIR/<stage>.json says how a stage went, DIR/<stage>.log what it printed, DIR/results/<machine>.csv
-what was measured. A stage that passed with these sources is not run again, one that was cut short
-goes on where it was. What passed on a GPU goes to bench/results, too; a dry run leaves that alone.
+what was measured. What passed with these sources is not run again, a stage or a command of it; one
+that was cut short goes on where it was. What passed on a GPU goes to bench/results, too; a dry run
+leaves that alone. A tree without a library is built first.
 """
 
 import argparse
@@ -18,18 +19,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, TextIO
 
 import torch
 
-from bench import machine
+# Nothing that loads the library, which may have to be built: bench.machine does.
 from bench.gpu.collect import RESULTS, collect
-from bench.gpu.stages import LAUNCHED, STAGES, Command, Context, Stage, lacking
-from bench.harness import PARTIAL
+from bench.gpu.stages import LAUNCHED, ROOT, STAGES, Command, Context, Stage, lacking
+from bench.provider import PARTIAL
 
 TIMEOUT = 124
 PEER = re.compile(r" b?float\d+  (\S.*?) +((?:missing|failed|wrong): .*)")
@@ -57,6 +59,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"no stage begins with {', '.join(a.stage)}; --list names them")
     if not a.dry_run and not torch.cuda.is_available():
         parser.error("torch sees no GPU; --dry-run rehearses without one")
+    if why := no_library():
+        if a.dry_run:
+            parser.error(f"{why}; python setup.py build_ext --inplace builds it")
+        print(f"{why}: building", flush=True)
+        built = subprocess.run([sys.executable, "-m", "bench.gpu.build"], cwd=ROOT)
+        if built.returncode or no_library():
+            sys.exit("the library could not be built")
     out = a.out.resolve()
     (out / "results").mkdir(parents=True, exist_ok=True)
     if a.dry_run:  # what all rehearsals need, loaded once
@@ -71,56 +80,120 @@ def main(argv: Sequence[str] | None = None) -> None:
     sys.exit(1 if any(r["status"] in ("failed", "timeout") for r in records) else 0)
 
 
+def machine() -> ModuleType:
+    """bench.machine, which loads the library."""
+    return importlib.import_module("bench.machine")
+
+
+def no_library() -> str:
+    """Why the package cannot be imported; "" if it can."""
+    importlib.invalidate_caches()
+    try:
+        importlib.import_module("restore_ext")
+    except ImportError as error:
+        return f"there is no library to load ({error})"
+    return ""
+
+
 def prove(stage: Stage, out: Path, rehearse: bool, force: bool = False) -> dict[str, Any]:
     file = out / f"{stage.name}.json"
     made = facts(rehearse)
     before = json.loads(file.read_text()) if file.is_file() else {}
-    if not force and before.get("status") == "ok" and made.items() <= before.items():
+    if force or not made.items() <= before.items():
+        before = {}
+    if before.get("status") == "ok":
         print(f"{stage.name}: passed before with these sources", flush=True)
         return before
     print(f"{stage.name}: {stage.says}", flush=True)
     start = time.time()
-    record = {"stage": stage.name, "status": "missing", "note": lacking(stage, rehearse), **made}
-    if not record["note"]:
-        record |= run_all(stage, Context(out, rehearse, force, start + 60 * stage.minutes))
-    if stage.name == "build":
-        record |= facts(rehearse)  # it may have made another library
+    when = datetime.fromtimestamp(start, timezone.utc).isoformat(timespec="seconds")
+    note = lacking(stage, rehearse)
+    record = {"stage": stage.name, "status": "missing", "note": note, "when": when, **made}
+
+    def keep(more: dict[str, Any]) -> None:
+        record.update(more, seconds=round(time.time() - start, 1))
+        replace(file, json.dumps(record, indent=1) + "\n")
+
+    if not note:
+        context = Context(out, rehearse, force, start + 60 * stage.minutes)
+        keep(run_all(stage, context, before, keep))
+    record["library"] = machine().library()
     if stage.name == "launches" and (names := out / LAUNCHED).is_file():
         record["launched"] = names.read_text().splitlines()
-    when = datetime.fromtimestamp(start, timezone.utc)
-    record |= {"when": when.isoformat(timespec="seconds"), "seconds": round(time.time() - start, 1)}
-    replace(file, json.dumps(record, indent=1) + "\n")
+    keep({})
     print(f"{stage.name}: {record['status']} after {record['seconds']} s", flush=True)
     return record
 
 
-def run_all(stage: Stage, c: Context) -> dict[str, Any]:
-    """Every command of a stage, whatever the others came to; the worst of them counts."""
+def run_all(
+    stage: Stage,
+    c: Context,
+    before: dict[str, Any] | None = None,
+    keep: Callable[[dict[str, Any]], None] = lambda record: None,
+) -> dict[str, Any]:
+    """Every command of a stage, whatever the others came to; the worst of them counts.
+
+    What passed `before`, by the record of an earlier run, is not run again. The record so far is
+    given to `keep` after every command: who stops the stage loses the one it was at.
+    """
+    before = before or {}
+    passed = set(before.get("passed", ()))
     log = c.out / f"{stage.name}.log"
-    exits, ran = [], []
-    with log.open("w") as file:
-        for command in stage.commands(c):
-            ran.append(
-                " ".join(["python", *command[1:]] if command[0] == sys.executable else command)
+    record: dict[str, Any] = {"commands": [], "exits": [], "not_reached": []}
+    record["status"] = "ok"
+    seen = set(before.get("peers", ()))
+    commands = stage.commands(c)
+    with log.open("a+" if passed else "w+") as file:
+        for at, command in enumerate(commands, 1):
+            name = name_of(command)
+            begin = file.seek(0, os.SEEK_END)
+            code = 0 if name in passed else run_one(command, stage, c, file)
+            text = read_from(log, begin)
+            seen |= {f"{peer}: {why}" for peer, why in PEER.findall(text)}
+            record["commands"].append(name)
+            record["exits"].append(code)
+            passed |= {name} if code == 0 else set()
+            record["passed"] = sorted(passed)
+            record["not_reached"] += re.findall(r"^NOT REACHED (.*)$", text, re.MULTILINE)
+            record["peers"] = sorted(seen)
+            worst = max(map(status_of, record["exits"]), key=WORST.index)
+            record["status"] = max(
+                worst, "partial" if at < len(commands) else "ok", key=WORST.index
             )
-            file.write(f"$ {ran[-1]}\n")
-            file.flush()
-            run = rehearsed if c.rehearse else executed
-            exits.append(run(command, stage.environment, file.fileno(), c.end))
-            file.write(f"\nexit {exits[-1]}\n")
-            file.flush()
-    status = max((status_of(code) for code in exits), key=WORST.index)
-    text = log.read_text(errors="replace")
-    if status in ("failed", "timeout"):
-        print("\n".join(f"  | {line}" for line in text.splitlines()[-25:]), flush=True)
-    return {
-        "status": status,
-        "exits": exits,
-        "clocks": "" if c.rehearse else machine.clocks(),
-        "commands": ran,
-        "peers": sorted({f"{name}: {why}" for name, why in PEER.findall(text)}),
-        "not_reached": re.findall(r"^NOT REACHED (.*)$", text, re.MULTILINE),
-    }
+            if code and status_of(code) != "partial":
+                print("\n".join(f"  | {line}" for line in text.splitlines()[-25:]), flush=True)
+            keep(record)
+    return record | {"clocks": "" if c.rehearse else machine().clocks()}
+
+
+def run_one(command: Command, stage: Stage, c: Context, log: TextIO) -> int:
+    """Its exit status; it has its own time, and no more than the stage."""
+    if time.time() > c.end:
+        log.write(f"NOT REACHED {name_of(command)}\n")
+        log.flush()
+        return PARTIAL
+    log.write(f"$ {name_of(command)}\n")
+    log.flush()
+    run = rehearsed if c.rehearse else executed
+    code = run(command, stage.environment, log.fileno(), min(c.end, time.time() + stage.seconds))
+    log.write(f"\nexit {code}\n")
+    log.flush()
+    return code
+
+
+def name_of(command: Command) -> str:
+    """The same in every run: without who runs it, and until when."""
+    words = ["python" if word == sys.executable else word for word in command]
+    if "--until" in words:
+        at = words.index("--until")
+        del words[at : at + 2]
+    return " ".join(words)
+
+
+def read_from(log: Path, begin: int) -> str:
+    with log.open("rb") as file:
+        file.seek(begin)
+        return file.read().decode(errors="replace")
 
 
 def status_of(code: int) -> str:
@@ -134,7 +207,7 @@ def executed(command: Command, environment: dict[str, str], log: int, end: float
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=log,
-        cwd=machine.ROOT,
+        cwd=ROOT,
         env=os.environ | {"PYTHONUNBUFFERED": "1"} | environment,
         start_new_session=True,
     )
@@ -145,7 +218,8 @@ def executed(command: Command, environment: dict[str, str], log: int, end: float
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        with suppress(subprocess.TimeoutExpired):  # a driver may not let go of it
+            process.wait(30)
 
 
 def rehearsed(command: Command, environment: dict[str, str], log: int, end: float) -> int:
@@ -159,7 +233,7 @@ def rehearsed(command: Command, environment: dict[str, str], log: int, end: floa
             os.dup2(log, 1)
             os.dup2(log, 2)
             os.environ.update(environment)
-            os.chdir(machine.ROOT)
+            os.chdir(ROOT)
             code = run_here(command[1:])
         except BaseException:
             import traceback
@@ -196,14 +270,15 @@ def run_here(arguments: list[str]) -> int:
 
 def facts(rehearse: bool) -> dict[str, Any]:
     """What a result holds for; another of these, and a stage is run again."""
-    machine.source.cache_clear()
+    here = machine()
+    here.source.cache_clear()
     return {
         "gpu": "" if rehearse else torch.cuda.get_device_name(),
-        "driver": "" if rehearse else machine.driver(),
+        "driver": "" if rehearse else here.driver(),
         "torch": torch.__version__,
-        "commit": machine.commit(),
-        "source": machine.source(),
-        "kernels": machine.kernels(),
+        "commit": here.commit(),
+        "source": here.source(),
+        "kernels": here.kernels(),
         "dry_run": rehearse,
     }
 

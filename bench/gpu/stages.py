@@ -1,14 +1,20 @@
-"""The stages of the proof: what each runs, and what it needs. None takes longer than 9 minutes."""
+"""The stages of the proof: what each runs, and what it needs. None takes longer than 9 minutes.
+
+In their order half an hour tells the most: whether every kernel runs at all, is right, reads what
+it must not, and how fast it is; the rest follows. A command has an operator of its own, so that one
+that hangs, or leaves the device in error, costs no other.
+"""
 
 import importlib.util
+import os
 import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench.machine import ROOT
-
+ROOT = Path(__file__).resolve().parents[2]  # bench.machine's asks for the library, see build.py
+CUDA = Path(os.environ.get("CUDA_HOME") or "/usr/local/cuda")
 Command = list[str]
 MINUTES = 9.0
 SPARE = 75  # seconds that a bench leaves of its stage for the case it is at
@@ -25,6 +31,7 @@ OPERATORS = (
     "row_scores",
 )
 REDUCE = OPERATORS[:6]
+KERNELS = ("decode", "hopper", "prefill", "plain")  # that calibrated_attention can be forced to
 WATCHED = {  # every allocation on its own, so that no access falls into a neighbour
     "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
 }
@@ -55,6 +62,7 @@ class Stage:
     needs: tuple[str, ...] = ()  # modules, programs and files
     environment: dict[str, str] = field(default_factory=dict)
     minutes: float = MINUTES
+    seconds: float = 60 * MINUTES  # that a single command may take
 
 
 def lacking(stage: Stage, rehearse: bool) -> str:
@@ -66,8 +74,8 @@ def lacking(stage: Stage, rehearse: bool) -> str:
 def there(need: str, rehearse: bool) -> bool:
     if "/" in need:
         return (ROOT / need).is_file()
-    if need.startswith("compute-"):
-        return rehearse or shutil.which(need) is not None
+    if need == SANITIZER:
+        return rehearse or sanitizer_program() is not None
     return importlib.util.find_spec(need) is not None
 
 
@@ -79,29 +87,56 @@ def ceilings(c: Context) -> list[Command]:
     return [c.python("bench.gpu.ceilings", "--keep", "--results", str(c.out / "results"))]
 
 
+def smoke(c: Context) -> list[Command]:
+    if c.rehearse:
+        return [c.python("bench.gpu.drive", "--op", "merge_tokens", "--short")]
+    ways = [(op, "") for op in OPERATORS] + [("calibrated_attention", k) for k in KERNELS]
+    return [
+        c.python("bench.gpu.drive", "--short", "--op", op, "--kernel", kernel)
+        for op, kernel in ways
+    ]
+
+
+def test_files(name: str) -> list[str]:
+    """Those of an operator, or of another subject; without those of operators named longer."""
+    longer = [op for op in OPERATORS if op.startswith(name) and op != name]
+    files = sorted((ROOT / "python_tests").glob(f"test_{name}*.py"))
+    own = [f for f in files if not f.name.startswith(tuple(f"test_{op}" for op in longer))]
+    return [f"python_tests/{f.name}" for f in own]
+
+
 def tests(only: str, *names: str) -> Callable[[Context], list[Command]]:
     def commands(c: Context) -> list[Command]:
         asked = ["-q", "-p", "no:cacheprovider", "--maxfail=30", "--durations=5"]
+        asked += ["-o", "faulthandler_timeout=60"]  # a test that hangs says where
         if importlib.util.find_spec("transformers") is None:
             asked.append("--noconftest")  # which asks for its version
-        files = [f"python_tests/test_{name}.py" for name in names]
+        run = [sys.executable, "-m", "pytest", *asked]
         if not c.rehearse:
-            return [[sys.executable, "-m", "pytest", *asked, "-k", only, *files]]
+            return [[*run, "-k", only, *test_files(name)] for name in names]
         # On a CPU, CI runs them all: here a few run, and the others are found.
-        few = ["-k", "merge_tokens and cpu", files[0]]
-        found = ["--collect-only", "-k", only.replace("cuda", "cpu"), *files]
-        chosen = few if "gpu_streams" in names else found
-        return [[sys.executable, "-m", "pytest", *asked, *chosen]]
+        if "gpu_streams" in names:
+            return [[*run, "-k", "merge_tokens and cpu", *test_files("gpu_streams")]]
+        files = [file for name in names for file in test_files(name)]
+        return [[*run, "--collect-only", "-k", only.replace("cuda", "cpu"), *files]]
 
     return commands
 
 
-def sanitizer(tool: str) -> Callable[[Context], list[Command]]:
+SANITIZER = "compute-sanitizer"
+
+
+def sanitizer_program() -> str | None:
+    """On the PATH, or in the toolkit, which need not be there."""
+    return shutil.which(SANITIZER) or shutil.which(SANITIZER, path=str(CUDA / "bin"))
+
+
+def sanitizer(tool: str, *arguments: str) -> Callable[[Context], list[Command]]:
     def commands(c: Context) -> list[Command]:
         if c.rehearse:  # there is no such tool for a CPU
-            return [c.python("bench.gpu.drive", "--op", "merge_tokens")]
-        watch = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
-        return [[*watch, *c.python("bench.gpu.drive")]]
+            return [c.python("bench.gpu.drive", "--op", "merge_tokens", *arguments)]
+        watch = [sanitizer_program() or SANITIZER, "--tool", tool, "--error-exitcode", "9"]
+        return [[*watch, *c.python("bench.gpu.drive", "--op", op, *arguments)] for op in OPERATORS]
 
     return commands
 
@@ -114,7 +149,7 @@ def launches(c: Context) -> list[Command]:
 def golden(c: Context) -> list[Command]:
     if c.rehearse:
         return [[sys.executable, "tools/golden.py", "--help"]]
-    return [[sys.executable, "tools/golden.py", "record"]]
+    return [[sys.executable, "tools/golden.py", "record", str(c.out / "golden")]]
 
 
 def attention(c: Context) -> list[Command]:
@@ -137,51 +172,59 @@ def model(c: Context) -> list[Command]:
     return [c.bench("model")]
 
 
+def watched(name: str, says: str, *tool: str) -> Stage:
+    return Stage(f"sanitizer-{name}", says, sanitizer(*tool), (SANITIZER,), WATCHED, seconds=180)
+
+
 STAGES = [
     Stage("build", "a library with every operator for this GPU", build),
-    Stage("ceilings", "copy bandwidth, bf16 matmul, launch latency", ceilings, minutes=3),
-    Stage(
-        "tests-gpu",
-        "streams, graphs, devices, memory",
-        tests("cuda", "gpu_streams", "gpu_memory"),
-        ("pytest",),
-    ),
+    Stage("smoke", "every kernel once: does it run, and end?", smoke, seconds=30),
     Stage(
         "tests-tokens",
         "the token operators against their references",
         tests("cuda and not compiles", *REDUCE),
         ("pytest",),
+        seconds=180,
     ),
     Stage(
         "tests-attention",
         "attention, in pages, and of some rows, against its reference",
         tests("cuda and not compiles", *OPERATORS[6:]),
         ("pytest",),
+        seconds=300,
     ),
     Stage(
-        "tests-compile", "under torch.compile", tests("cuda and compiles", *OPERATORS), ("pytest",)
+        "tests-gpu",
+        "streams, graphs, devices, memory",
+        tests("cuda", "gpu_streams", "gpu_memory"),
+        ("pytest",),
+        seconds=300,
     ),
     Stage("launches", "which kernels the operators launch, by the profiler", launches, minutes=3),
-    *[
-        Stage(
-            f"sanitizer-{tool}",
-            f"compute-sanitizer's {tool}",
-            sanitizer(tool),
-            ("compute-sanitizer",),
-            WATCHED,
-        )
-        for tool in ("memcheck", "racecheck", "initcheck", "synccheck")
-    ],
+    watched("short", "compute-sanitizer's memcheck, bfloat16 alone", "memcheck", "--short"),
+    Stage("ceilings", "copy bandwidth, bf16 matmul, launch latency", ceilings, minutes=3),
+    Stage("bench-attention", "prompts beside SDPA, FlexAttention and others", attention),
+    Stage("bench-decode", "decoding steps beside the same, in pages too", decode),
+    Stage("bench-reduce", "matching, anchors, merging, diversity beside torch", reduce),
+    # The rest.
     Stage(
         "golden",
         "single instructions, for the emulator to be held against",
         golden,
         ("tools/golden.py",),
     ),
-    Stage("bench-attention", "prompts beside SDPA, FlexAttention and others", attention),
-    Stage("bench-decode", "decoding steps beside the same, in pages too", decode),
+    Stage(
+        "tests-compile",
+        "under torch.compile",
+        tests("cuda and compiles", *OPERATORS),
+        ("pytest",),
+        seconds=180,
+    ),
+    *[
+        watched(tool, f"compute-sanitizer's {tool}", tool)
+        for tool in ("memcheck", "racecheck", "initcheck", "synccheck")
+    ],
     Stage("bench-scores", "what rows attend to beside plain torch, which stores it", scores),
-    Stage("bench-reduce", "matching, anchors, merging, diversity beside torch", reduce),
     Stage(
         "model", "a hooked model of LLaVA's shape beside an unhooked one", model, ("transformers",)
     ),

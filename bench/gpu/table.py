@@ -45,11 +45,12 @@ def of_gpu(gpu: str, rows: list[Row]) -> Iterator[str]:
         if ours is None:
             continue
         said = ", ".join(against(row, ours) for row in others)
-        yield f"| {op} | {case} {dtype} | {way} | {ours['us']} | {said} |"
+        by = f" {ours['note']}" if ours["note"] else ""  # which of our kernels
+        yield f"| {op} | {case} {dtype} | {way} | {ours['us']}{by} | {said} |"
     absent = {f"{r['provider']} ({r['note']})" for r in rows if r["note"] and not r["us"]}
     if absent:
         yield f"\nNot timed, on some problem at least: {'; '.join(sorted(absent))}."
-    if any(r["note"] and r["us"] for r in rows):
+    if any(in_half(r) for r in rows):
         yield "\n\\* computes in half precision what we compute in float32: its answer differs."
 
 
@@ -64,9 +65,13 @@ def telling(rows: list[Row]) -> tuple[str, Row | None, list[Row]]:
     return "", None, []
 
 
+def in_half(row: Row) -> bool:
+    return bool(row["us"]) and row["note"].startswith("half precision")
+
+
 def against(row: Row, ours: Row) -> str:
     """Medians of rounds that took turns. The ratio's own spread is in the CSV."""
-    star = "\\*" if row["note"] else ""
+    star = "\\*" if in_half(row) else ""
     return f"{row['provider']}{star} {float(row['us']) / float(ours['us']):.2f}"
 
 

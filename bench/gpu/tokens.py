@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from bench.provider import Given, Peer, compiled, need
-from restore_ext.bench.plain import nearest, own, pairs
+from restore_ext.bench.plain import nearest, own, pairs, score_anchors
 
 # N tokens of C channels: LLaVA-1.5 before and after its projector, LLaVA-NeXT, a batch, a video.
 SIZES: list[dict[str, int]] = [
@@ -86,6 +86,12 @@ def released_scores(x: Tensor, mode: str = "official") -> Tensor:
 
 def released_anchors(x: Tensor, k: int, mode: str = "official") -> Tensor:
     return released_scores(x).topk(k).indices.sort().values
+
+
+def topk_of_scores(**given: Any) -> Callable[[], Tensor]:
+    """torch.topk and the order of the picks alone, of scores that are there already."""
+    scores, k = score_anchors(given["x"]), given["k"]
+    return lambda: scores.topk(k).indices.sort().values
 
 
 def released_diverse(x: Tensor, k: int) -> Tensor:

@@ -15,9 +15,10 @@ inline OptionalTensor contiguous(const OptionalTensor& t) {
   return t ? OptionalTensor(torch::stable::contiguous(*t)) : t;
 }
 
-// The same elements where every row begins at a multiple of 16 bytes and is dense: where they are,
-// or a copy.
-inline Tensor in_packs(const Tensor& t) {
+// The same elements where every row begins at a multiple of 16 bytes and is dense, or for a kernel
+// that takes rows `anywhere` is dense: where they are, or a copy.
+inline Tensor in_packs(const Tensor& t, bool anywhere = false) {
+  if (anywhere && t.stride(3) == 1) return t;
   const int64_t vec = t.element_size() == 4 ? 4 : 8;
   bool packs = reinterpret_cast<std::uintptr_t>(t.const_data_ptr()) % 16 == 0 && t.stride(3) == 1;
   for (int dim = 0; dim < 3; ++dim) packs &= t.size(dim) == 1 || t.stride(dim) % vec == 0;
@@ -32,10 +33,11 @@ class AttentionArguments {
   AttentionArguments(const contract::CalibratedAttentionSizes& size, const Tensor& query,
                      const Tensor& key, const OptionalTensor& log_size,
                      const OptionalTensor& query_position, const OptionalTensor& key_position,
-                     const OptionalTensor& decay, const OptionalTensor& key_range)
+                     const OptionalTensor& decay, const OptionalTensor& key_range,
+                     bool anywhere = false)
       : size_(size),
-        query_(in_packs(query)),
-        key_(in_packs(key)),
+        query_(in_packs(query, anywhere)),
+        key_(in_packs(key, anywhere)),
         log_size_(contiguous(log_size)),
         decay_(contiguous(decay)),
         key_range_(contiguous(key_range)) {

@@ -1,17 +1,15 @@
 // out[i] = sum over j of softmax_j(softcap(scale * q_i.k_j) + log_size_j + log(2 - decay_ij)) * v_j
 // for a few queries i, whose key heads' caches lie in a row or in pages.
 //
-// Plan     Decoding reads the cache once and has no time for anything else. The queries of all
-// heads
-//          that share a key head are the 16 rows of one tensor core tile, so that a key is read
-//          once for all. A warp takes 16 keys at a time by a pipeline of its own, with a running
-//          maximum and sum; warps meet at the end, in shared memory, blocks in a workspace.
+// Plan     Decoding reads the cache once and has no time for anything else. The queries of all the
+//          heads that share a key head are the 16 rows of one tensor core tile, so that a key is
+//          read once for all. A warp takes 16 keys at a time by a pipeline of its own, with a
+//          running maximum and sum; warps meet at the end, in shared memory, blocks in a workspace.
 // Grid     (units * splits): a unit is a key head of a row of the batch and 16 of its queries.
 // Shared   of each warp two stages of 16 keys and values; then the sums of the four warps.
 // Traffic  2 * Lk * Hkv * D elements of the cache a row, and splits * rows * D floats, twice.
 // Order    A split's keys follow from the sizes, the length and the ranges, splits are added in
-// their
-//          order by the last block to arrive: the same bits every run.
+//          their order by the last block to arrive: the same bits every run.
 
 #include "calibrated_attention_decode_kernel.h"
 
@@ -35,8 +33,9 @@ struct Stage {
   static constexpr int kPitch = D + 8;
   T key[kKeys * kPitch], value[kKeys * kPitch];
   float log2_size[kKeys];
-  float pad[28];  // to a multiple of 128 bytes
+  float pad[16];  // to a multiple of 128 bytes
 };
+static_assert(sizeof(Stage<__half, 96>) % 128 == 0);
 
 // A lane copies a quarter of the packs of two keys, lane / 4 and 8 more.
 struct Ahead {

@@ -201,6 +201,8 @@ __global__ void __launch_bounds__(128 * (kGroups + 1), kGroups == 1 ? 2 : 1)
     more_registers<kGroups == 1 ? 216 : 232>();
     attend<T, kD>(p, shared, b, head, row, range.first, tiles);
   }
+#else
+  __trap();  // launched by mistake, it must not leave its output as it was
 #endif
 }
 
