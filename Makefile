@@ -3,6 +3,7 @@
 # make ci      make test and test-quant (8-bit weights), and format, lint, types, packaging, a short bench, and make check-cuda
 # make test-eval    the plug-in under the real lmms-eval, on drawn scenes
 # make check-cuda      compiles the CUDA kernels and runs them on the CPU (no GPU); -all: everything
+# make test-vllm    the vLLM plug-in under vLLM on the CPU, in an environment of its own
 # make check-abi       one binary under the oldest torch and the newest, with and without CUDA
 # make tables    the tables of the README and the docs, from bench/results
 # make docs      the documentation site, in build/site
@@ -27,7 +28,7 @@ FEW_check := $(FEW)
 FEW_ptx80 := $(FEW) and not 96 and not 128 and (not float16 or bfloat16)
 FEW_ptx90a := $(FEW_ptx80)
 
-.PHONY: demo test test-quant test-eval ci build docs style types wheel wheel-cuda bench-smoke cmake matrix tables pocket-table clean
+.PHONY: demo test test-quant test-eval test-vllm ci build docs style types wheel wheel-cuda bench-smoke cmake matrix tables pocket-table clean
 .PHONY: check-abi check-cuda check-cuda-all cuda-compiles
 .PHONY: emulate-tests emulate-source emulate-check emulate-ptx80 emulate-ptx90a
 
@@ -130,6 +131,11 @@ test-eval: build
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --no-deps \
 	  --target build/eval -r requirements-eval.txt
 	PYTHONPATH=build/eval $(BIN)/python -m pytest python_tests/test_lmms_eval.py
+
+# The plug-in under the vLLM that requirements-vllm.txt pins. Not in CI: fetches 1 GB once.
+test-vllm: build
+	$(BIN)/python tools/vllm_environment.py build/vllm
+	build/vllm/bin/python -m pytest python_tests/vllm_plugin
 
 # Accuracy of every method on held-out questions, and the table in the README. Not in CI.
 pocket-table: build

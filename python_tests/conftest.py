@@ -9,6 +9,7 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 import ctypes
 import zlib
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,8 @@ torch.set_num_threads(1)
 takes_positions = tuple(map(int, version("transformers").split(".")[:2])) >= (5, 3)
 prepares = ["test_hf_prepare_inputs.py", "test_hf_prepare_inputs_methods.py"]
 collect_ignore = ["test_hf_prepare_inputs_refused.py"] if takes_positions else prepares
+if find_spec("vllm") is None:
+    collect_ignore.append("vllm_plugin")  # make test-vllm
 
 
 def pytest_addoption(parser):

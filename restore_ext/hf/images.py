@@ -138,7 +138,7 @@ def reduce_images(
             f"method {settings.method!r} needs scores, which were not read: encode the images with "
             "the model attached, by this method"
         )
-    reductions = _reduce([features[i] for i in first], seen, settings, budgets)
+    reductions = reduce_each([features[i] for i in first], seen, settings, budgets)
     if not any(reduction.tokens.requires_grad for reduction in reductions):
         seen.reduced = settings, reductions
     return [reductions[image] for image in number]
@@ -187,7 +187,7 @@ def _keep_of_image(
     )
 
 
-def _reduce(
+def reduce_each(
     features: Sequence[Tensor], seen: Seen, settings: Settings, budgets: Sequence[int]
 ) -> list[Reduction]:
     """Neighbours of one size and budget are reduced together."""
