@@ -11,6 +11,7 @@ from restore_ext import _C, archs
 from restore_ext.ops import DEVICE_TYPES
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
+OP_HEAD_SIZES = range(32, 257, 8)  # of the attention operators
 
 
 def require_features(name: str, x: Any, batch_shape: Sequence[int] | None = None) -> None:

@@ -39,10 +39,22 @@ class NamedConfig:
         return getattr(self.__dict__.get("stock"), name)
 
 
+class _AsStock:
+    """A module whose config is its own in every word."""
+
+    def __init__(self, module: Any) -> None:
+        self._module, self.config = module, module.config.stock
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_module"], name)
+
+
 def stock_attention(module: Any, *args: Any, **kwargs: Any) -> Any:
     """What `module` would have called, with the same arguments: the same bits."""
-    function = attention_named(module.config.stock._attn_implementation, module)
-    return function(module, *args, **kwargs)
+    name = module.config.stock._attn_implementation
+    function = attention_named(name, module)
+    # Flash attention looks its kernels up by the name in the config of the module it is given.
+    return function(module if name in MASK_NEEDS else _AsStock(module), *args, **kwargs)
 
 
 @dataclass

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from restore_ext import profiling
-from restore_ext.hf.attention import stock_attention
+from restore_ext.hf.attention import MASK_NEEDS, NamedConfig, stock_attention
 from restore_ext.hf.images import for_operators
 from restore_ext.hf.patches import Patches
 from restore_ext.hf.settings import Settings
 from restore_ext.hf.tower import watch_fewer_tokens
-from restore_ext.hf.vision import Record, recorded, rename_attention
+from restore_ext.hf.vision import Record, recorded
 from restore_ext.methods.tome import join_pairs
 from restore_ext.methods.tome_vit import pairs_per_block
 from restore_ext.reduction import merge_groups
@@ -83,16 +83,25 @@ class Merging:
 def watch_blocks(
     patches: Patches,
     blocks: Sequence[Any],
+    behind: nn.Module,
     projector: nn.Module,
     settings: Settings,
     class_token: bool,
 ) -> None:
     """Merges tokens in `blocks`, those in front of the features, and attends by size in them.
 
-    class_token  the first token is dropped before `projector`
+    behind       what the last block's tokens go through next: the projector, or a norm before it
+    class_token  the first token is dropped before `behind`
     """
     for index, block in enumerate(blocks):
-        rename_attention(patches, block.self_attn, SIZED, settings)
+        sized_config = NamedConfig(block.self_attn.config, SIZED, settings)
+        if (stock := sized_config.stock._attn_implementation) not in MASK_NEEDS:
+            raise ValueError(
+                f"method {settings.method} adds log(size) to the logits of the vision tower, whose "
+                f"attention must be {' or '.join(MASK_NEEDS)} for that, got {stock!r}; call "
+                "model.set_attn_implementation({'vision_config': 'sdpa'}) first"
+            )
+        patches.set(block.self_attn, "config", sized_config)
         _watch_block(patches, block, index, len(blocks), settings, class_token)
 
     def finish(_: nn.Module, args: tuple[Any, ...]) -> Any:
@@ -112,7 +121,7 @@ def watch_blocks(
         record.merging = None
         return (features, *args[1:])
 
-    patches.hook(projector, "forward_pre_hook", finish)
+    patches.hook(behind, "forward_pre_hook", finish)
     watch_fewer_tokens(patches, projector, settings)
 
 

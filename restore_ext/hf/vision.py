@@ -14,15 +14,17 @@ from transformers import AttentionInterface
 from transformers.utils import ModelOutput
 
 from restore_ext import profiling
-from restore_ext.hf.attention import MASK_NEEDS, NamedConfig, stock_attention
+from restore_ext.hf.attention import NamedConfig, stock_attention
 from restore_ext.hf.patches import Patches
 from restore_ext.hf.settings import Settings
+from restore_ext.hf.tower_scores import Sight
 from restore_ext.methods.problem import KEYS, TOWER_FEATURES
 from restore_ext.reduction import Reduction
 
 WATCHED = "restore_ext_watched"
 IMAGE, VIDEO = "image", "video"  # kinds of features, as in get_image_features()
-_CHUNK = 256  # queries at a time: received attention never holds a whole N x N matrix
+# Towers that look for "flash" in the name hand packed images over in one call, as for stock.
+WATCHED_FLASH = "restore_ext_watched_flash"
 _ATTRIBUTE = "restore_ext_seen"
 
 
@@ -113,22 +115,12 @@ def recorded(settings: Settings) -> Record | None:
 
 
 def watch_attention(patches: Patches, module: nn.Module, score: Any) -> None:
-    """Records score(query, key, scaling, mask) of every call of a vision attention module."""
-    rename_attention(patches, module, WATCHED, score)
-
-
-def rename_attention(patches: Patches, module: nn.Module, name: str, state: Any) -> None:
-    """Has a vision attention module call the attention registered as `name`, which finds `state` in
-    the module's config."""
-    renamed = NamedConfig(module.config, name, state)
-    stock = renamed.stock._attn_implementation
-    if stock not in MASK_NEEDS:
-        raise ValueError(
-            f"the method needs the vision tower's attention, which must be "
-            f"{' or '.join(MASK_NEEDS)}, got {stock!r}; call "
-            "model.set_attn_implementation({'vision_config': 'sdpa'}) first"
-        )
-    patches.set(module, "config", renamed)
+    """Records score(query, key, scaling, sight) of every call of a vision attention module,
+    whichever attention that calls."""
+    watching = NamedConfig(module.config, WATCHED, score)
+    if "flash" in watching.stock._attn_implementation:
+        watching._attn_implementation = WATCHED_FLASH
+    patches.set(module, "config", watching)
 
 
 def watch_projector(patches: Patches, projector: nn.Module) -> None:
@@ -164,7 +156,7 @@ def watched(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Any,
     **kwargs: Any,
 ) -> Any:
     """The registered attention of a watched module: stock, after a look at its queries and keys."""
@@ -175,7 +167,8 @@ def watched(
         scaling = kwargs.get("scaling")
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         with torch.no_grad(), profiling.range("score_patches"):
-            scores = module.config.state(query.float(), key.float(), scale, attention_mask)
+            sight = Sight.of(attention_mask, kwargs, key.shape[2])
+            scores = module.config.state(query, key, scale, sight)
             record.attention.append(scores)
             if record.settings.chosen.metric == KEYS:
                 record.keys.append(key.float().mean(1)[:, -scores.shape[1] :])
@@ -193,55 +186,6 @@ def _require_all_heads(module: Any, query: Tensor) -> None:
         )
 
 
-def cls_attention(query: Tensor, key: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
-    """The CLS token's attention to the others, averaged over heads: [B, H, N+1, D] to [B, N]."""
-    share = _masked(query[:, :, :1] @ key.mT * scale, mask, 0).softmax(-1)
-    return share[:, :, 0, 1:].mean(1)
-
-
-def received_attention(
-    query: Tensor, key: Tensor, scale: float, mask: Tensor | None = None
-) -> Tensor:
-    """What every token gets, averaged over heads and over the queries that see it: [B, H, N, D] to
-    [B, N].
-
-    mask  [B or 1, 1, N or 1, N], bool or what is added to the logits: the images of one sequence do
-          not see each other
-    """
-    N = query.shape[2]
-    total = query.new_zeros(key.shape[:3])
-    for first in range(0, N, _CHUNK):
-        logits = query[:, :, first : first + _CHUNK] @ key.mT * scale
-        total += _masked(logits, mask, first).softmax(-1).sum(2)
-    if mask is None:
-        return total.mean(1) / N
-    return total.mean(1) / allowed(mask).expand(-1, 1, N, -1).sum((1, 2)).clamp(min=1)
-
-
-def received_from_all(
-    query: Tensor, key: Tensor, scale: float, mask: Tensor | None = None
-) -> Tensor:
-    """What every token but the CLS token gets, its attention among them: [B, H, N+1, D] to
-    [B, N]."""
-    return received_attention(query, key, scale, mask)[:, 1:]
-
-
-def allowed(mask: Tensor) -> Tensor:
-    """A mask of stock, bool or what is added to the logits, as bool: True where a key is seen."""
-    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-
-
-def _masked(logits: Tensor, mask: Tensor | None, first: int) -> Tensor:
-    """Logits [B, H, T, N] of the queries from `first` on, with the mask."""
-    if mask is None:
-        return logits
-    if mask.shape[2] > 1:
-        mask = mask[:, :, first : first + logits.shape[2]]
-    if mask.dtype != torch.bool:
-        logits = logits + mask
-    return logits.masked_fill(~allowed(mask), torch.finfo(logits.dtype).min)
-
-
 def remember(output: Any, seen: Seen) -> None:
     """Ties `seen` to what get_image_features() returned. From 5.18 on generate() may encode long
     before the forward, and repeat the features for its beams, but hands on the same object."""
@@ -254,3 +198,4 @@ def recall(output: Any) -> Seen | None:
 
 
 AttentionInterface.register(WATCHED, watched)
+AttentionInterface.register(WATCHED_FLASH, watched)

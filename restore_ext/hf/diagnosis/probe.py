@@ -14,7 +14,7 @@ from restore_ext.hf.families import Family
 from restore_ext.hf.patches import Patches
 from restore_ext.hf.report import Report
 from restore_ext.hf.scores import Asked
-from restore_ext.hf.vision import allowed
+from restore_ext.hf.tower_scores import allowed
 
 PROBED = "restore_ext_probed"
 QUERIES = ("visual", "text", "last")  # whose attention is looked at

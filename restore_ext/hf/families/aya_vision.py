@@ -15,6 +15,8 @@ class AyaVision(Vit):
     model_class = "AyaVisionForConditionalGeneration"
     models = "Aya Vision"
     scores_from = "received, in the layer of the features, mean over the patches of a token"
+    whole_tower = "which makes a token of several patches"
+    smaller_pictures = "give its processor a smaller max_patches, for fewer tiles"
     notes = "a tile counts as an image"
     merges = True
 

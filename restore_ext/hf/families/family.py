@@ -18,13 +18,11 @@ from restore_ext.hf.parallel import Heads, devices
 from restore_ext.hf.patches import Patches
 from restore_ext.hf.settings import Settings
 from restore_ext.hf.vision import IMAGE, VIDEO, Record, Seen
-from restore_ext.methods.problem import PROJECTED
+from restore_ext.methods.problem import PROJECTED, TOWER
 from restore_ext.rope import rope_decay
 
 if TYPE_CHECKING:
     from restore_ext.hf.cut import Cut
-
-OP_HEAD_SIZES = range(32, 257, 8)
 
 
 class Family(ABC):
@@ -42,6 +40,11 @@ class Family(ABC):
 
     # Of the config, the placeholder of a video; None: the model has none, or frames as images.
     video_token_name: ClassVar[str | None] = None
+
+    # Words of what watch_tower() refuses: why, and how pictures get smaller there instead.
+    whole_tower: ClassVar[str] = ""
+    smaller_pictures: ClassVar[str] = ""
+
     lm_name: ClassVar[str] = "language_model"  # of the inner model
 
     def __init__(self, model: Any) -> None:
@@ -124,7 +127,7 @@ class Family(ABC):
         if self.lm.dtype not in checks.FLOATING:
             return f"the op needs float32, bfloat16 or float16, the model is in {self.lm.dtype}"
         size = head_size(self.lm.config)
-        if size not in OP_HEAD_SIZES:
+        if size not in checks.OP_HEAD_SIZES:
             return f"the op needs a head size of 32 to 256 in steps of 8, got {size}"
         if any(hasattr(module, "sinks") for module in self.attentions):
             return "the op has no attention sinks"
@@ -236,9 +239,12 @@ class Family(ABC):
 
     def watch_tower(self, patches: Patches, settings: Settings) -> None:
         """The same for a method that acts on the picture or in the tower."""
+        instead = self.smaller_pictures
+        if settings.chosen.place == TOWER:
+            instead = "use method tome, which merges behind the projector"
         raise NotImplementedError(
-            f"method {settings.method} needs a vision tower of a fixed grid of patches (llava), "
-            f"got {self.name}; make its pictures smaller in the processor"
+            f"method {settings.method} needs a token of every patch of a picture (llava, paligemma),"
+            f" got {self.name}, {self.whole_tower}{instead and f'; {instead}'}"
         )
 
     @abstractmethod

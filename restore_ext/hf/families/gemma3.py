@@ -19,6 +19,7 @@ class Gemma3(Vit):
     model_class = "Gemma3ForConditionalGeneration"
     models = "Gemma 3"
     scores_from = "received, in the last layer, mean over the patches of a token"
+    whole_tower = "which makes a token of several patches"
     notes = "images stay bidirectional, windows count original positions; attach() only"
     merges = True
     feature_layer = -1

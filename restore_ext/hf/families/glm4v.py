@@ -14,3 +14,4 @@ class Glm4v(Qwen2VL):
         "two pictures in one frame; the time stamps between are text; a batch has images or videos"
     )
     video_token_name = "image_token_id"
+    smaller_pictures = "give its processor a smaller size['longest_edge'], which counts pixels"

@@ -17,6 +17,8 @@ class Idefics3(Vit):
     scores_from = "received, in the last layer, mean over the patches of a token"
     videos = "frames come as images"
     notes = "a tile counts as an image"
+    whole_tower = "which makes a token of several patches"
+    smaller_pictures = "give its processor a smaller size['longest_edge'], for fewer tiles"
     lm_name = "text_model"
     merges = True
 

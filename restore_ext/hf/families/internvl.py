@@ -17,6 +17,8 @@ class InternVL(Vit):
     scores_from = "CLS, in the layer of the features, mean over the patches of a token"
     videos = "frames come as images"
     notes = "a tile counts as an image"
+    whole_tower = "which makes a token of several patches"
+    smaller_pictures = "give its processor a smaller max_patches, for fewer tiles"
     merges = True
 
     def of_tokens(self, patches: Tensor, record: Record, inputs: dict[str, Any]) -> Tensor:

@@ -22,6 +22,8 @@ class LlavaNext(Vit):
     model_class = "LlavaNextForConditionalGeneration"
     models = "LLaVA-NeXT (LLaVA-1.6)"
     scores_from = "CLS, in the layer of the features"
+    whole_tower = "which puts the tiles of an image together and cuts their edges off"
+    smaller_pictures = "give its processor smaller image_grid_pinpoints"
     notes = "an image's tiles share its budget; newlines are kept, and never reduced"
 
     def watch(self, patches: Patches, settings: Settings) -> None:

@@ -17,6 +17,8 @@ class Mistral3(Vit):
     model_class = "Mistral3ForConditionalGeneration"
     models = "Mistral Small 3.1 and 3.2"
     scores_from = "received, in the layer of the features, mean over the patches of a token"
+    whole_tower = "which makes a token of several patches"
+    smaller_pictures = "give its processor a smaller size['longest_edge']"
     notes = "row breaks are text"
     merges = True
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from restore_ext.hf.compat import prompt_blocks
 from restore_ext.hf.families.vit import Vit
@@ -18,6 +18,11 @@ class PaliGemma(Vit):
     scores_from = "received, in the last layer"
     notes = "the prompt stays bidirectional; attach() only"
     feature_layer = -1
+
+    @property
+    def behind_blocks(self) -> nn.Module:
+        norms = (m for n, m in self.tower.named_modules() if n.endswith("post_layernorm"))
+        return next(norms)
 
     def require_prepared(self, settings: Settings) -> None:
         raise NotImplementedError(

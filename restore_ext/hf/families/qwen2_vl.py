@@ -9,7 +9,8 @@ from torch import Tensor
 from restore_ext.hf.families.family import Family
 from restore_ext.hf.patches import Patches
 from restore_ext.hf.settings import Settings
-from restore_ext.hf.vision import Record, received_attention, watch_attention
+from restore_ext.hf.tower_scores import received_attention
+from restore_ext.hf.vision import Record, watch_attention
 
 
 class Qwen2VL(Family):
@@ -24,6 +25,8 @@ class Qwen2VL(Family):
     scores_from = "received, in the last block"
     videos = "two pictures in one frame"
     video_token_name = "video_token_id"
+    whole_tower = "which makes a token of several patches"
+    smaller_pictures = "give its processor a smaller max_pixels"
 
     def watch(self, patches: Patches, settings: Settings) -> None:
         if settings.needs_scores:

@@ -1,5 +1,7 @@
 """What the families with a ViT, a projector and a language model with plain RoPE have in common."""
 
+import dataclasses
+import inspect
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -8,15 +10,11 @@ from torch import Tensor, nn
 from restore_ext.hf.families.family import Family
 from restore_ext.hf.patches import Patches
 from restore_ext.hf.settings import Settings
-from restore_ext.hf.vision import (
-    Record,
-    cls_attention,
-    received_attention,
-    received_from_all,
-    watch_attention,
-    watch_projector,
-)
-from restore_ext.methods.problem import CLS, TOWER_FEATURES
+from restore_ext.hf.tower import watch_smaller_pictures
+from restore_ext.hf.tower_scores import cls_attention, received_attention, received_from_all
+from restore_ext.hf.tower_tome import require_budget, watch_blocks
+from restore_ext.hf.vision import Record, Seen, watch_attention, watch_projector
+from restore_ext.methods.problem import CLS, TOWER, TOWER_FEATURES
 
 # Where the ViTs have their blocks, and these their attention: CLIP, SigLIP; Pixtral; InternViT.
 BLOCKS = (
@@ -59,6 +57,43 @@ class Vit(Family):
             blocks, attention, last = self.blocks_of_tower()
             watch_attention(patches, getattr(blocks[last], attention), score)
 
+    def watch_tower(self, patches: Patches, settings: Settings) -> None:
+        if self.whole_tower:
+            super().watch_tower(patches, settings)
+        tower, projector = self.tower, self.inner.multi_modal_projector
+        if settings.chosen.place == TOWER:
+            blocks = self._whole_blocks(settings)
+            require_budget(tower, len(blocks), settings, self.class_token)
+            watch_blocks(
+                patches, blocks, self.behind_blocks, projector, settings, self.class_token
+            )
+        elif "interpolate_pos_encoding" in inspect.signature(tower.forward).parameters:
+            watch_smaller_pictures(patches, tower, projector, settings)
+        else:
+            raise NotImplementedError(
+                f"method {settings.method} needs a vision tower that interpolates its positions, "
+                f"got a {type(tower).__name__}"
+            )
+
+    @property
+    def behind_blocks(self) -> nn.Module:
+        """What the last block's tokens go through next, on their way to the features."""
+        return self.inner.multi_modal_projector
+
+    def images(
+        self, record: Record, output: Any, inputs: dict[str, Any]
+    ) -> tuple[list[Tensor], Seen]:
+        if record.settings.chosen.place == TOWER:
+            self.require_own_layer(inputs)
+        features, seen = super().images(record, output, inputs)
+        if seen.reduced is not None:
+            settings, reductions = seen.reduced
+            # 4.57: PaliGemma scales what its projector returns.
+            pairs = zip(reductions, features, strict=True)
+            scaled = [dataclasses.replace(r, tokens=image[r.position]) for r, image in pairs]
+            seen.reduced = settings, scaled
+        return features, seen
+
     def scores(self, record: Record, tokens: Sequence[int], inputs: dict[str, Any]) -> Tensor:
         self.require_own_layer(inputs)
         patches = record.attention[-1]
@@ -97,6 +132,22 @@ class Vit(Family):
                 "scores; choose a method that needs none"
             )
         return blocks, attention, max(indices)
+
+    def _whole_blocks(self, settings: Settings) -> list[Any]:
+        """Those in front of the features, with the parts that merging takes."""
+        blocks, _, last = self.blocks_of_tower()
+        parts = ("self_attn", "layer_norm2", "mlp")
+        if not all(hasattr(blocks[last], part) for part in parts):
+            raise NotImplementedError(
+                f"method {settings.method} needs a ViT whose blocks have {', '.join(parts)}, got a "
+                f"{type(self.tower).__name__}"
+            )
+        if not isinstance(self.feature_layer, int):
+            raise NotImplementedError(
+                f"method {settings.method} needs the features of one layer, got "
+                f"vision_feature_layer {self.feature_layer}"
+            )
+        return list(blocks)[: last + 1]
 
     def _blocks(self) -> tuple[Any, str]:
         for path, attention in BLOCKS:
