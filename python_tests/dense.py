@@ -37,7 +37,7 @@ class Now:
     size: Tensor  # [T + new]
     reduced: bool
 
-    def cut(self, cut, x: Tensor) -> tuple[Tensor, list[int]]:
+    def cut(self, cut, x: Tensor, reindex: bool) -> tuple[Tensor, list[int]]:
         T, L = len(self.source), len(self.size)
         tail = list(range(T, L))
         members, left = [*cut.members, *([i] for i in tail)], [*cut.source, *tail]
@@ -45,6 +45,8 @@ class Now:
         x = torch.stack([w.to(x) @ x[0, m] for w, m in zip(weight, members, strict=True)])[None]
         self.size = torch.stack([self.size[m].sum() for m in members])
         self.source, self.position = self.source[cut.source], self.position[:, left]
+        if reindex:
+            self.position = self.position[:, :1] + torch.arange(len(left))
         self.reduced = True
         return x, left
 
@@ -148,10 +150,11 @@ class Dense:
         def shorten(layer: int, x: Tensor) -> tuple[Tensor, list[int] | None]:
             for cut in cuts:
                 if cut.layer == layer and len(cut.members) < len(now.source):
-                    return now.cut(cut, x)
+                    return now.cut(cut, x, setting.reindex)
             return x, None
 
-        with self._biased(bias, shorten):
+        anew = (lambda: now.position) if setting.reindex and cuts else None
+        with self._biased(bias, shorten, anew):
             kwargs = {"position_ids": position[:, None] if len(position) > 1 else position}
             kwargs["attention_mask"] = torch.ones(1, T + new, dtype=torch.long)  # not "packed"
             if visual is not None:
@@ -182,9 +185,10 @@ class Dense:
         return self.lm.config.sliding_window if sliding else None
 
     @contextmanager
-    def _biased(self, bias, shorten):
-        """Gives every layer its own mask, bias(layer, cos, sin) [L, L], and the tokens that are
-        left, shorten(layer, x) -> (x [1, L, C], which those are)."""
+    def _biased(self, bias, shorten, anew):
+        """Gives every layer its own mask, bias(layer, cos, sin) [L, L], the tokens that are left,
+        shorten(layer, x) -> (x [1, L, C], which those are), and, where these are counted anew, what
+        their positions anew() [1, L] turn by."""
         kept: list[list[int]] = []
 
         def hook(layer: int):
@@ -195,6 +199,8 @@ class Dense:
                     if name.startswith("position_embeddings") and value is not None:
                         for left in kept:
                             value = tuple(each[..., left, :] for each in value)
+                        if anew is not None:
+                            value = self._turned(layer, name, x, anew())
                         kwargs = {**kwargs, name: value}
                 args = (x, *args[1:])
                 cos, sin = self._turns(module, args, kwargs)
@@ -211,6 +217,13 @@ class Dense:
         finally:
             for handle in hooks:
                 handle.remove()
+
+    def _turned(self, layer: int, name: str, x: Tensor, position: Tensor):
+        if name == "position_embeddings_local":  # Gemma 3 before 5.0
+            return self.lm.rotary_emb_local(x, position)
+        if self.lm.config.model_type == "gemma3_text" and name == "position_embeddings":
+            return self.lm.rotary_emb(x, position, self.lm.config.layer_types[layer])
+        return self.lm.rotary_emb(x, position)
 
     def _turns(self, layer, args, kwargs) -> tuple[Tensor, Tensor]:
         """cos and sin [L, D] that a layer turns its queries and keys by."""

@@ -15,6 +15,7 @@ from hf_harness import (
     logits,
     stock,
 )
+from test_hf_tome_vit import scale_of
 
 import restore_ext
 from restore_ext.hf.images import reduce_images
@@ -116,6 +117,20 @@ def test_it_is_the_stock_model_on_a_smaller_picture(backend, keep, side):
             assert r.size[0, m] == len(members)
 
 
+@torch.no_grad()
+def test_paligemmas_features_are_those_of_a_smaller_picture():
+    inputs = make_inputs("paligemma", TWO_IMAGES)
+    model, inner = tiny_model("paligemma"), stock("paligemma").model
+    handle = attach(model, method="downsample", keep=20)
+    forward(model, inputs)
+    pixels = torch.tensor(resized(inputs["pixel_values"].double().numpy(), 4 * PATCH)).float()
+    tower = inner.vision_tower(pixels, interpolate_pos_encoding=True)
+    want = inner.multi_modal_projector(tower.last_hidden_state) / scale_of("paligemma")
+    for image, features in zip(handle.last.images, want, strict=True):
+        assert image.tokens_after == 16
+        assert_close(image.reduction.tokens[0], features, tolerance=1e-4)
+
+
 @pytest.mark.parametrize("restore", [True, False])
 def test_a_ragged_batch_and_its_answers_are_those_of_its_rows(restore):
     inputs = make_inputs("llava", RAGGED)
@@ -156,7 +171,9 @@ def test_original_positions_and_sizes_can_be_asked_for():
 @pytest.mark.parametrize(
     ("family", "given", "error", "message"),
     [
-        ("qwen2_5_vl", {}, NotImplementedError, "downsample needs .* got qwen2_5_vl; make its"),
+        ("qwen2_5_vl", {}, NotImplementedError, "downsample .*got qwen2_5_vl, .*; .* max_pixels"),
+        ("llava_next", {}, NotImplementedError, "downsample .*tiles .*; .* image_grid_pinpoints"),
+        ("gemma3", {}, NotImplementedError, "downsample .*of several patches$"),
         ("llava", {"keep": [4]}, ValueError, r"one int .* downsample.* got keep=\(4,\)"),
         ("llava", {"budget": "shared"}, ValueError, "downsample.* got keep=20 and budget='shared'"),
         ("llava", {"options": {"side": 2}}, TypeError, "downsample has no option 'side'"),

@@ -16,9 +16,7 @@ ROWS = [(5, Picture(8, 8), 3, Picture(6, 8), 7)]
 KEEP = 3
 
 
-# Methods that count positions anew at their cuts, and families that cannot: one RoPE per layer.
-REINDEXING = {name for name, method in STAGE_METHODS.items() if method.reindexes}
-SEVERAL_ROPES = ("aya_vision", "gemma3")
+PATCH_BY_PATCH = ("llava", "paligemma")  # every patch is a token
 
 
 def asked(method: str) -> dict:
@@ -32,23 +30,17 @@ def asked(method: str) -> dict:
     return given
 
 
-def refused(family: str, restore: bool) -> set[str]:
+def refused(family: str) -> set[str]:
     """The methods that make no sense there."""
-    tower = set() if family == "llava" else set(TOWER_METHODS)
-    return {*tower, *(REINDEXING if family in SEVERAL_ROPES and not restore else ())}
+    return set() if family in PATCH_BY_PATCH else set(TOWER_METHODS)
 
 
 def test_there_is_a_tiny_model_of_every_family():
     assert sorted(BY_NAME) == sorted(restore_ext.list_families())
 
 
-@pytest.mark.parametrize(
-    ("family", "restore"),
-    [
-        *((family, True) for family in restore_ext.list_families()),
-        *((family, False) for family in ("llava", *SEVERAL_ROPES)),
-    ],
-)
+@pytest.mark.parametrize("family", restore_ext.list_families())
+@pytest.mark.parametrize("restore", [True, False])
 def test_every_method_runs_or_is_refused_by_name(family, restore):
     case = BY_NAME[family]
     one, [inputs] = model(case), row_inputs(case, ROWS)
@@ -79,5 +71,5 @@ def test_every_method_runs_or_is_refused_by_name(family, restore):
             left = [min(keep, n) for n in tokens]
             assert left == [image.tokens_after for image in images]
         assert last.visual == left and sum(left) < sum(tokens), method
-    assert not_here == refused(family, restore)
+    assert not_here == refused(family)
     assert fingerprint(one) == before and torch.equal(forward(one, inputs), want)

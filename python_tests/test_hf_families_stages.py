@@ -32,14 +32,19 @@ STAGED = {
     },
     "drop all": {"method": "vtw", "options": {"layer": 3}},
 }
+ANEW = {
+    "pyramiddrop": {"keep": 4, "options": {"layers": [2, 3]}},
+    "sparsevlm": {"options": {"layers": [1, 3], "keeps": [9, 4]}},
+}
 
 
 def assert_is_dense(family: str, kind: str, rows: list):
     """A cached generate() of the rows as a batch has the logits of the reference, row by row; the
     handle."""
-    backend = "mask" if kind == "two cuts" else "op"
+    backend = "mask" if kind in ("two cuts", "sparsevlm") else "op"
+    asked = STAGED.get(kind) or {"method": kind, "restore": False, **ANEW[kind]}
     alone = row_inputs(family, rows)
-    with restore_ext.attach(model(family), backend=backend, **STAGED[kind]) as handle:
+    with restore_ext.attach(model(family), backend=backend, **asked) as handle:
         out = generate(model(family), join_rows(alone), max_new_tokens=2)
     tokens = answers(out, join_rows(alone))
     for row, inputs in enumerate(alone):
@@ -60,6 +65,13 @@ def assert_is_dense(family: str, kind: str, rows: list):
 @pytest.mark.parametrize("kind", STAGED)
 def test_a_ragged_batch_of_several_images_is_the_reference(family, kind):
     assert_is_dense(family, kind, ROWS)
+
+
+@pytest.mark.parametrize("family", ["gemma3", "aya_vision"])
+@pytest.mark.parametrize("kind", ANEW)
+def test_layers_of_several_ropes_count_positions_anew(family, kind):
+    handle = assert_is_dense(family, kind, ROWS)
+    assert handle.settings.positions == "reindex"
 
 
 @pytest.mark.parametrize("family", WITH_FRAMES)

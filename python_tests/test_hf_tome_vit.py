@@ -25,20 +25,23 @@ from restore_ext.testing.models import (
     LLAVA_SIDE,
     ONE_IMAGE,
     RAGGED,
+    TEXT,
     TWO_IMAGES,
+    VERSION,
     make_inputs,
     tiny_model,
 )
 
 N = LLAVA_SIDE**2
 NEAR_TIE = 1e-5
+NOT_PATCH_BY_PATCH = ("qwen2_5_vl", "llava_onevision", "gemma3", "smolvlm")
 
 
-def straight_tower(pixels, keep, *, layers=2, class_token=True):
+def straight_tower(pixels, keep, *, family="llava", layers=2, class_token=True):
     """One picture [3, H, W]: groups of patches in order, projected features, the closest call."""
-    model = stock("llava").model
+    model = stock(family).model
     tower = getattr(model.vision_tower, "vision_model", model.vision_tower)
-    vision = stock("llava").config.vision_config
+    vision = stock(family).config.vision_config
     heads, eps = vision.num_attention_heads, vision.layer_norm_eps
     weights = {name: w.double().numpy() for name, w in tower.state_dict().items()}
     tally = straight_line.Tally()
@@ -52,7 +55,7 @@ def straight_tower(pixels, keep, *, layers=2, class_token=True):
 
     with torch.no_grad():
         patches = tower.embeddings(pixels[None]).double()[0].numpy()
-    x = norm(patches, "pre_layrnorm")
+    x = patches if family == "paligemma" else norm(patches, "pre_layrnorm")
     groups, size = [[i] for i in range(len(x))], np.ones(len(x))
     tokens = len(x) - class_token
     for layer in range(layers):
@@ -69,14 +72,24 @@ def straight_tower(pixels, keep, *, layers=2, class_token=True):
         r = len(x) - class_token - kept_after(tokens, keep, layers)[layer]
         x, groups, size = merged(x, k.mean(0), groups, size, r, class_token, tally)
         y = linear(norm(x, f"{name}.layer_norm2"), f"{name}.mlp.fc1")
-        y = y / (1 + np.exp(-1.702 * y))  # quick_gelu
+        if family == "paligemma":  # gelu_pytorch_tanh
+            y = y / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (y + 0.044715 * y**3)))
+        else:  # quick_gelu
+            y = y / (1 + np.exp(-1.702 * y))
         x = x + linear(y, f"{name}.mlp.fc2")
+    x = norm(x, "post_layernorm") if family == "paligemma" else x
     groups, x = groups[class_token:], x[class_token:]
     with torch.no_grad():
-        features = model.multi_modal_projector(torch.tensor(x).float())
+        features = model.multi_modal_projector(torch.tensor(x).float()) / scale_of(family)
     patches = [[i - class_token for i in sorted(group)] for group in groups]
     order = sorted(range(len(groups)), key=lambda g: patches[g][(len(patches[g]) - 1) // 2])
     return [patches[g] for g in order], features[order], tally.closest
+
+
+def scale_of(family: str) -> float:
+    """What a model divides its projected features by."""
+    scales = family == "paligemma" and VERSION < (5, 0)
+    return TEXT["hidden_size"] ** 0.5 if scales else 1.0
 
 
 def kept_after(tokens, keep, layers):
@@ -134,6 +147,16 @@ def test_the_tower_is_the_one_of_the_formulas(attn, keep):
     handle = attach(model, method="tome_vit", keep=keep)
     forward(model, inputs)
     compare(inputs, handle, keep)
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("keep", [8, 21, 63])
+def test_paligemma_is_merged_before_the_norm_behind_its_blocks(attn, keep):
+    inputs = make_inputs("paligemma", RAGGED)
+    model = tiny_model("paligemma", attn=attn)
+    handle = attach(model, method="tome_vit", keep=keep)
+    forward(model, inputs)
+    compare(inputs, handle, keep, family="paligemma", layers=3, class_token=False)
 
 
 @pytest.mark.parametrize(("feature_layer", "blocks", "keep"), [(-1, 3, 9), (1, 1, 40), (-3, 1, 33)])
@@ -209,7 +232,10 @@ def test_a_gradient_reaches_the_picture():
 @pytest.mark.parametrize(
     ("family", "given", "error", "message"),
     [
-        ("qwen2_5_vl", {}, NotImplementedError, "tome_vit needs .* got qwen2_5_vl"),
+        *(
+            (family, {}, NotImplementedError, f"tome_vit needs .*got {family}, which .*; use .*tome")
+            for family in NOT_PATCH_BY_PATCH
+        ),
         ("llava", {"keep": [4]}, ValueError, r"keep must be one int .* tome_vit"),
         ("llava", {"budget": "shared"}, ValueError, "tome_vit.* budget='shared'"),
     ],

@@ -75,7 +75,8 @@ def test_the_default_and_its_like_run_under_flex_attention(monkeypatch, method):
     # Not compiled, which takes a minute and changes nothing but the speed.
     monkeypatch.setattr(flex, "is_torchdynamo_compiling", lambda: True)
     monkeypatch.setattr(torch_flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
-    inputs = make_inputs("llava", TWO_IMAGES)
+    # Of other pictures a last bit may decide what vispruner takes for a duplicate.
+    inputs = make_inputs("llava", TWO_IMAGES, seed=1)
     stock, model = tiny_model("llava"), with_tower("llava", "flex_attention")
     with attach(stock, method=method), attach(model, method=method):
         assert_close(forward(model, inputs), forward(stock, inputs))

@@ -1,5 +1,6 @@
 """Visual token reduction for multimodal LLMs, with RESTORE: positions and attention mass kept."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from restore_ext.config import show_config
@@ -20,6 +21,7 @@ from restore_ext.reduction import Reduction
 from restore_ext.rope import rope_decay
 
 if TYPE_CHECKING:
+    from restore_ext import search
     from restore_ext.hf import (
         attach,
         diagnose,
@@ -46,6 +48,7 @@ __all__ = [
     "rope_decay",
     "row_scores",
     "score_anchors",
+    "search",
     "select_anchors",
     "select_diverse",
     "show_config",
@@ -61,4 +64,6 @@ def __getattr__(name: str) -> Any:
         from restore_ext import hf
 
         return getattr(hf, name)
+    if name == "search":
+        return importlib.import_module("restore_ext.search")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

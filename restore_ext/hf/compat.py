@@ -125,6 +125,16 @@ def layer_rotation(layer: Any, inputs: dict[str, Any]) -> Any:
     return inputs[f"position_embeddings_{'local' if layer.self_attn.is_sliding else 'global'}"]
 
 
+def turned(lm: Any, layer: int, name: str, hidden: Tensor, positions: Tensor) -> Any:
+    """What a language model hands a layer as its argument `name`, position embeddings, of positions
+    [..., B, T]; Gemma 3 has two kinds, which 4.57 hands on both."""
+    if name.endswith("_local"):
+        return lm.rotary_emb_local(hidden, positions)
+    if "layer_type" in inspect.signature(lm.rotary_emb.forward).parameters:
+        return lm.rotary_emb(hidden, positions, lm.config.layer_types[layer])
+    return lm.rotary_emb(hidden, positions)
+
+
 def generation_positions(model: Any, input_ids: Tensor, inputs: dict[str, Any]) -> Tensor:
     """The position ids generate() would start from: [B, S], with M-RoPE [4, B, S] (5.3 on)."""
     return model._prepare_position_ids_for_generation(input_ids, {"input_ids": input_ids, **inputs})

@@ -29,6 +29,7 @@ class Cut:
     rows: list[list[int]]  # the images of each row
     reductions: list[Reduction]  # of each image
     tokens: Tensor  # [sum of n, C], the images' reduced tokens
+    starts: list[int]  # of each image, the column of its first token
     is_image: Tensor  # [B, S] bool
     is_frame: list[bool]  # whether each image is a frame of a video
     stages: list[PlannedStage]  # the cuts to come, inside the language model
@@ -75,16 +76,13 @@ class Cut:
 
     def _images(self) -> list[ImageReport]:
         sizes = [reduction.group.shape[1] for reduction in self.reductions]
-        columns = torch.nonzero_static(self.is_image, size=sum(sizes))[:, 1]
-        first = [sum(sizes[:image]) for image in range(len(sizes))]
-        starts = columns[torch.tensor(first, device=columns.device)].tolist()
         reports = []
         for row, images in enumerate(self.rows):
             for image in images:
                 reduction = self.reductions[image]
                 after, is_frame = reduction.position.shape[1], self.is_frame[image]
-                report = ImageReport(row, starts[image], sizes[image], after, reduction, is_frame)
-                reports.append(report)
+                start, before = self.starts[image], sizes[image]
+                reports.append(ImageReport(row, start, before, after, reduction, is_frame))
         return reports
 
 
@@ -106,8 +104,12 @@ def cut_sequence(
     (B, S), device = is_image.shape, is_image.device
     past_image = torch.where(is_image, torch.arange(1, S + 1, device=device), 0).amax(1)
     per_row = [is_image.sum(1), valid.sum(1), past_image, positions.amax().expand(B)]
-    counts = torch.stack(per_row).tolist()  # the one wait for the device
-    rows = images_of_rows(counts[0], [len(image) for image in features])
+    sizes = [len(image) for image in features]
+    columns = torch.nonzero_static(is_image, size=sum(sizes))[:, 1].split(sizes)
+    asked = torch.cat([torch.stack(per_row).flatten(), *(image[:1] for image in columns)])
+    told = asked.tolist()  # the one wait for the device
+    counts = [told[i * B : (i + 1) * B] for i in range(len(per_row))]
+    rows = images_of_rows(counts[0], sizes)
     features, is_image = without_separators(features, seen, rows, is_image)
     reductions = reduce_images(
         features, seen, rows, settings, encoded_once=encoded_once, refuse=refuse
@@ -128,6 +130,7 @@ def cut_sequence(
         rows,
         reductions,
         tokens,
+        told[len(per_row) * B :],
         is_image,
         visuals.is_frame,
         plan_stages(stages, left, settings.spared(before, row_of), rows, lengths, device),

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from restore_ext.hf.attention import STATE, Calibration, Glance
 from restore_ext.hf.cache import RestoreLayer, Side
+from restore_ext.hf.compat import turned
 from restore_ext.hf.families import Family
 from restore_ext.hf.report import Report, StageReport
 from restore_ext.hf.scores import Asked
@@ -35,7 +36,7 @@ class Stretch:
     view: View
     source: Tensor | None  # [B, T] int64, their columns in what went into the first layer
     step: Step | None = None  # the cut that the stretch begins with
-    embeddings: dict[int, Any] = field(default_factory=dict)  # of positions, once turned
+    embeddings: dict[Any, Any] = field(default_factory=dict)  # of positions, once turned
 
 
 class Descent:
@@ -196,10 +197,13 @@ class Descent:
                     stretch.embeddings[key] = given, _gathered(given, stretch.source)
                 kwargs[name] = stretch.embeddings[key][1]
             else:
-                key = id(self._positions[index])
-                if key not in stretch.embeddings:
-                    stretch.embeddings[key] = self._family.rotation(hidden, self._positions[index])
-                kwargs[name] = stretch.embeddings[key]
+                lm, positions = self._family.lm, self._positions[index]
+                kinds = getattr(lm.config, "layer_types", None)  # which may differ in their RoPE
+                of_kind = id(positions), name, kinds and kinds[index]
+                if of_kind not in stretch.embeddings:
+                    turns = turned(lm, index, name, hidden, positions)
+                    stretch.embeddings[of_kind] = turns
+                kwargs[name] = stretch.embeddings[of_kind]
 
 
 def _gathered(embeddings: tuple[Tensor, ...], source: Tensor | None) -> tuple[Tensor, ...]:

@@ -10,9 +10,10 @@ from restore_ext import checks
 from restore_ext.hf.families import find_family
 from restore_ext.hf.handle import attach, handle_of
 from restore_ext.hf.visuals import kinds_of, pixels_of
+from restore_ext.stages.stage import scaled_layer
 
 DEFAULT_THRESHOLD = 0.003  # the paper's for LLaVA-1.5-7B; 0.0005 for 13B, 0.0001 for v1.6-7B
-DEFAULT_FIRST = 5
+PUBLISHED_FIRST = 5
 
 
 @torch.no_grad()
@@ -21,7 +22,7 @@ def find_withdrawal_layer(
     prompts: Iterable[Mapping[str, Tensor]],
     *,
     threshold: float = DEFAULT_THRESHOLD,
-    first: int = DEFAULT_FIRST,
+    first: int | None = None,
     backend: str = "op",
 ) -> int | None:
     """The first layer that can do without visual tokens (VTW, arXiv 2405.05803, algorithm 1).
@@ -35,7 +36,8 @@ def find_withdrawal_layer(
     prompts    the inputs of forwards, as a processor returns them; left padded if in batches
     threshold  the mean divergence that is still none: 0.003 in the paper for LLaVA-1.5-7B, 0.0005
                for 13B, 0.0001 for LLaVA-1.6-7B
-    first      the first layer to try, 1 or more
+    first      the first layer to try, 1 or more; 5 by default, as in the paper, or where the model
+               has fewer than 32 layers what corresponds to it
     backend    see attach
 
     returns  the first layer whose mean divergence is at most the threshold; None if there is none
@@ -44,6 +46,8 @@ def find_withdrawal_layer(
     """
     family = find_family(model)
     depth = len(family.lm.layers)
+    if first is None:
+        first = min(PUBLISHED_FIRST, scaled_layer(PUBLISHED_FIRST, depth))
     if not 1 <= checks.require_int("first", first) < depth:
         raise ValueError(f"first must be in 1..{depth - 1}, got {first}")
     if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or threshold < 0:

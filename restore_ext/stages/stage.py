@@ -66,7 +66,12 @@ class Request:
 
     def scaled(self, layer: int, of: int = 32) -> int:
         """A layer that was published for a model of `of` layers, in this one."""
-        return min(max(1, round(layer * self.depth / of)), self.depth - 1)
+        return scaled_layer(layer, self.depth, of)
+
+
+def scaled_layer(layer: int, depth: int, of: int = 32) -> int:
+    """A layer that was published for a model of `of` layers, in one of `depth`."""
+    return min(max(1, round(layer * depth / of)), depth - 1)
 
 
 @dataclass(frozen=True)

@@ -168,11 +168,6 @@ class Family(ABC):
                 f"method {settings.inside}: {self.name} can be cut from layer {self.first_cut} on, "
                 f"got layer {first}"
             )
-        if settings.positions == "reindex":
-            self._require_one_rope(
-                f"method {settings.inside}, which counts positions anew, and so {self.name}",
-                "use positions='original'",
-            )
 
     def glance(self, layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> None:
         """Has the attention of a decoder layer called on the layer's input [B, T, C], with the
@@ -187,10 +182,6 @@ class Family(ABC):
             attention_mask=None,
             **{STATE: kwargs[STATE]},
         )
-
-    def rotation(self, hidden: Tensor, positions: Tensor) -> Any:
-        """The position embeddings of re-indexed positions [B, T], as a decoder layer takes them."""
-        return self.lm.rotary_emb(hidden, positions)
 
     def require_prepared(self, settings: Settings) -> None:
         """Raises for a model that prepare_inputs() cannot serve and attach() can."""
@@ -207,18 +198,16 @@ class Family(ABC):
                 f"{self.windows}; use attach()"
             )
         if settings.distance:
-            self._require_one_rope(
-                "prepare_inputs() has one distance term, which",
-                "use attach() or calibrate='size'",
-            )
+            self._require_one_rope()
 
-    def _require_one_rope(self, who: str, way_out: str) -> None:
+    def _require_one_rope(self) -> None:
         try:
             rope_decay(self.lm, 1)
         except ValueError as error:  # no layer was named, and they differ
             raise NotImplementedError(
-                f"model: {who} needs the same RoPE in every layer, got a {type(self.lm).__name__} "
-                f"whose layers differ in theirs; {way_out}"
+                "model: prepare_inputs() has one distance term, which needs the same RoPE in every "
+                f"layer, got a {type(self.lm).__name__} whose layers differ in theirs; use "
+                "attach() or calibrate='size'"
             ) from error
 
     def require_free(self) -> None:
