@@ -1,7 +1,10 @@
 """PaliGemma, PaliGemma 2 and Gemma 3: who sees whom when a prompt gets shorter."""
 
+import dataclasses
+
 import pytest
 import torch
+import transformers
 from dense import Dense
 from family_checks import (
     MASKS,
@@ -18,12 +21,15 @@ from test_hf_scores import seen_scores
 from torch.nn.functional import pad
 
 import restore_ext
+from restore_ext.hf.families import find_family
 from restore_ext.hf.visible import Blocks
 from restore_ext.testing.models import (
+    TINY,
     TWO_IMAGES,
     VERSION,
     Picture,
     make_inputs,
+    tiny_model,
 )
 
 each = pytest.mark.parametrize("family", MASKS)
@@ -145,6 +151,29 @@ def test_a_cache_within_its_windows_goes_on(family):
             second["cache_position"] = torch.arange(5, inputs["input_ids"].shape[1])
         got = model(family)(**second, past_key_values=past, use_cache=True).logits
     assert_close(got[:, -3:], want[:, -3:], TOLERANCE)
+
+
+@each_backend
+def test_a_window_in_every_layer_without_layer_types_is_the_reference(monkeypatch, backend):
+    """As in BakLLaVA, whose Mistral has sliding_window alone."""
+
+    def config(text):
+        built = TINY["llava"].config(text)
+        built.text_config = transformers.MistralConfig(**text, sliding_window=40)
+        return built
+
+    monkeypatch.setitem(TINY, "mistral", dataclasses.replace(TINY["llava"], config=config))
+    one = tiny_model("mistral")
+    inputs = make_inputs("mistral", [(5, Picture(8, 8), 30, Picture(8, 8), 4)])
+    reference = Dense(one)
+    reference._window = lambda layer: 40
+    with attach(one, method="divprune", keep=8, backend=backend) as handle:
+        assert find_family(one).windows == [40] * 4
+        out = generate(one, inputs)
+    full, tokens = reference.prompt(inputs), answers(out, inputs)[0].tolist()
+    assert not full.allowed[0][-1, 0]
+    want = reference.logits(full, handle.last.plan, 0, tokens, Setting())
+    assert_close(logits(out)[0], want, TOLERANCE)
 
 
 @each

@@ -1,4 +1,4 @@
-"""Which tokens a cut keeps on every family: those that stock's own eager attention looks at most."""
+"""Which tokens a cut keeps on every family: those that stock's eager attention looks at most."""
 
 from functools import cache
 

@@ -14,7 +14,7 @@ from family_checks import (
     said,
     scaled_shape,
 )
-from hf_harness import answers, assert_close, generate, logits
+from hf_harness import answers, assert_close, forward, generate, logits
 from naive import Setting
 from naive_stages import cuts_of, setting_of
 
@@ -109,6 +109,23 @@ def test_a_newline_behind_the_image_rates_in_no_batch(family):
             by_itself = logits(generate(model(family), inputs, max_new_tokens=2))
             assert_close(together[row], by_itself[0], TOLERANCE)
             assert handle.last.stages
+
+
+@pytest.mark.parametrize("family", ["llava_next", "gemma3", "qwen3_vl"])
+@pytest.mark.parametrize("restore", [True, False])
+@pytest.mark.parametrize("method", ["divprune", "visionzip", "tome"])
+def test_a_chain_of_merges_conserves_sizes(family, restore, method):
+    """All that goes in is there at last; what a method alone drops on the way in is not."""
+    [inputs] = row_inputs(family, [(5, Picture(8, 8), 3, Picture(8, 8), 7)])
+    schedule = {"layers": [9, 9, 6, 2], "merge": True, "scores": "lookahead"}
+    asked = {"method": method, "keep": 9, "restore": restore, "positions": "original"}
+    with restore_ext.attach(model(family), schedule=schedule, **asked) as handle:
+        forward(model(family), inputs)
+    first, *later = [handle.last.plan, *(stage.plan for stage in handle.last.stages)]
+    sizes = [plan.size[plan.is_visual].sum() for plan in (first, *later)]
+    tokens = sum(image.tokens_before for image in handle.last.images)
+    assert len(later) == 2 and sizes == [sizes[0]] * 3
+    assert sizes[0] == (tokens if restore or method != "divprune" else 18)
 
 
 @each

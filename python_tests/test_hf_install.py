@@ -22,6 +22,19 @@ def load_compat():
     return module
 
 
+def test_the_search_is_there_on_first_use(monkeypatch):
+    searching = sys.modules.pop("restore_ext.search", None)
+    monkeypatch.delattr(restore_ext, "search", raising=False)
+    try:
+        assert callable(restore_ext.search.find_schedule)
+    finally:
+        if searching is not None:  # what other tests have imported from it stays the one module
+            sys.modules["restore_ext.search"] = searching
+            monkeypatch.setattr(restore_ext, "search", searching)
+    with pytest.raises(AttributeError, match="no attribute 'searched'"):
+        _ = restore_ext.searched
+
+
 def pretend(version, monkeypatch):
     # What a first `import transformers` binds may be another module, without its lazy names.
     monkeypatch.setattr(sys.modules["transformers"], "__version__", version)

@@ -262,7 +262,8 @@ def test_the_withdrawal_search_says_what_is_wrong():
     model, prompt = tiny_model("llava"), make_inputs("llava")
     search = restore_ext.find_withdrawal_layer
     with pytest.raises(ValueError, match=r"first must be in 1..3, got 5"):
-        search(model, [prompt])
+        search(model, [prompt], first=5)
+    assert search(model, [prompt], threshold=1e9) == 1  # 5 of 32 layers, in one of 4
     with pytest.raises(ValueError, match="prompts must be at least one"):
         search(model, [], first=1)
     with pytest.raises(ValueError, match=r"prompts\[1\] must have pixel_values, .*'input_ids'\]"):

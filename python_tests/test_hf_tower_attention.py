@@ -145,7 +145,8 @@ def test_scores_are_the_mean_attention_in_float64(monkeypatch, kind, D, dtype):
 def test_a_block_mask_says_who_sees_whom():
     B, N = 2, 150
     padding = sights(B, N)["padding"][1][:, 0, 0]
-    mask = torch_flex.create_block_mask(lambda b, h, q, k: padding[b, k], B, None, N, N, device="cpu")
+    sees = lambda b, h, q, k: padding[b, k]  # noqa: E731
+    mask = torch_flex.create_block_mask(sees, B, None, N, N, device="cpu")
     seen = Sight.of(mask, {}, N).mask
     assert seen.expand(B, 1, N, N).equal(padding[:, None, None].expand(B, 1, N, N))
 

@@ -61,7 +61,9 @@ def reduce_tokens(
                   token_pooling need it
     valid         [B, N] bool; a False token takes no part: the result of a row is that of the row
                   without it
-    size          [B, N] float32, > 0: how many tokens each stands for already; ones by default
+    size          [B, N] float32, > 0: how many tokens each stands for already; ones by default. It
+                  weights features and sums, not positions: a merged token stands at the lower
+                  median of those that merge here, one vote each
     restore       merge what the base method would drop
     retain        the share of the budget the base method picks, in [0, 1]
     anchor_mode   "paper" (Eq. 5) or "official" (the released code's mask), see ops.score_anchors;

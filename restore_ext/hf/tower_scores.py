@@ -30,7 +30,8 @@ class Sight:
             image = torch.bucketize(index, bounds[1:], right=True)
             return cls(key_range=torch.stack([bounds[image], bounds[image + 1]], -1)[None].int())
         if isinstance(mask, BlockMask):
-            return cls(create_mask(mask.mask_mod, mask.shape[0], None, N, N, mask.kv_indices.device))
+            device = mask.kv_indices.device
+            return cls(create_mask(mask.mask_mod, mask.shape[0], None, N, N, device))
         if isinstance(mask, Tensor) and mask.dim() == 2:
             return cls(mask[:, None, None].bool())
         if mask is None or (isinstance(mask, Tensor) and mask.dim() == 4):

@@ -232,8 +232,8 @@ class Family(ABC):
         if settings.chosen.place == TOWER:
             instead = "use method tome, which merges behind the projector"
         raise NotImplementedError(
-            f"method {settings.method} needs a token of every patch of a picture (llava, paligemma),"
-            f" got {self.name}, {self.whole_tower}{instead and f'; {instead}'}"
+            f"method {settings.method} needs a token of every patch of a picture (llava, "
+            f"paligemma), got {self.name}, {self.whole_tower}{instead and f'; {instead}'}"
         )
 
     @abstractmethod

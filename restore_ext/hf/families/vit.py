@@ -64,9 +64,7 @@ class Vit(Family):
         if settings.chosen.place == TOWER:
             blocks = self._whole_blocks(settings)
             require_budget(tower, len(blocks), settings, self.class_token)
-            watch_blocks(
-                patches, blocks, self.behind_blocks, projector, settings, self.class_token
-            )
+            watch_blocks(patches, blocks, self.behind_blocks, projector, settings, self.class_token)
         elif "interpolate_pos_encoding" in inspect.signature(tower.forward).parameters:
             watch_smaller_pictures(patches, tower, projector, settings)
         else:
