@@ -19,6 +19,8 @@ or later).
 - *Videos*, in the families that say something there: each frame counts as an image, for methods,
   scores and budgets. Where the tower makes one frame of two pictures, the two count as one.
 - Separators that are tokens of the text (row breaks, image start and end) are left alone.
+- `tome_vit` and `downsample` act where every patch of a picture becomes a token: in `llava` and
+  `paligemma`. Elsewhere the error says what the family does with its patches.
 
 ## Refused
 
