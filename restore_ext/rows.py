@@ -1,7 +1,15 @@
 """Index arithmetic on [B, N]: the words the methods and the reduction are written in."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
+
+
+def sent(numbers: Sequence[Any], device: torch.device) -> Tensor:
+    """A tensor of numbers of the host, without the wait that torch.tensor(device=...) ends with."""
+    return torch.tensor(numbers).to(device, non_blocking=True)
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from restore_ext import profiling
 from restore_ext.reduction import Reduction
-from restore_ext.rows import take
+from restore_ext.rows import sent, take
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ def plan_sequence(
     # The vision tower may be on another device than the language model.
     group, position = (x.to(device) for x in _joined(reductions, before, after))
     size = torch.cat([reduction.size[0] for reduction in reductions]).to(device)
-    share = torch.tensor([n / m for n, m in zip(before, after, strict=True)], device=device)
-    uniform = share.repeat_interleave(torch.tensor(after, device=device), output_size=sum(after))
+    share = sent([n / m for n, m in zip(before, after, strict=True)], device)
+    uniform = share.repeat_interleave(sent(after, device), output_size=sum(after))
 
     # Indices into the flattened batch: of every image token, and of those that stand for a group.
     image = torch.nonzero_static(is_image.flatten(), size=sum(before))[:, 0]

@@ -13,7 +13,7 @@ from restore_ext.hf.images import for_operators
 from restore_ext.hf.plan import Columns, Shortening
 from restore_ext.hf.view import View
 from restore_ext.reduction import Reduction, merge_groups
-from restore_ext.rows import take
+from restore_ext.rows import sent, take
 from restore_ext.stages import Candidates, Stage
 
 
@@ -59,7 +59,7 @@ def plan_stages(
         gone = [m - a for m, a in zip(now, after, strict=True)]
         left = [n - sum(gone[i] for i in images) for n, images in zip(left, rows, strict=True)]
         columns = list(zip(*counts, strict=True))
-        numbers = torch.tensor([now, list(spared), *map(list, columns)], device=device)
+        numbers = sent([now, list(spared), *map(list, columns)], device)
         most = tuple(map(max, columns))
         planned.append(PlannedStage(cut[0], now, most, max(left), after, numbers, any(spared)))
         now = after
