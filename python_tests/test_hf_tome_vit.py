@@ -149,8 +149,7 @@ def test_the_tower_is_the_one_of_the_formulas(attn, keep):
     compare(inputs, handle, keep)
 
 
-@pytest.mark.parametrize("attn", ["sdpa", "eager"])
-@pytest.mark.parametrize("keep", [8, 21, 63])
+@pytest.mark.parametrize(("attn", "keep"), [("sdpa", 8), ("eager", 21), ("sdpa", 63)])
 def test_paligemma_is_merged_before_the_norm_behind_its_blocks(attn, keep):
     inputs = make_inputs("paligemma", RAGGED)
     model = tiny_model("paligemma", attn=attn)
