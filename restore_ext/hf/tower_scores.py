@@ -81,19 +81,22 @@ class Sight:
         return allowed(self.mask).expand(-1, 1, keys, -1).sum((1, 2)).clamp(min=1)
 
 
-def cls_attention(query: Tensor, key: Tensor, scale: float, sight: Sight) -> Tensor:
+ALL = Sight()
+
+
+def cls_attention(query: Tensor, key: Tensor, scale: float, sight: Sight = ALL) -> Tensor:
     """The CLS token's attention to the others, averaged over heads: [B, H, N+1, D] to [B, N]
     float32."""
     return _summed(query[:, :, :1], key, scale, sight)[:, 1:]
 
 
-def received_attention(query: Tensor, key: Tensor, scale: float, sight: Sight) -> Tensor:
+def received_attention(query: Tensor, key: Tensor, scale: float, sight: Sight = ALL) -> Tensor:
     """What every token gets, averaged over heads and over the queries that see it: [B, H, N, D] to
     [B, N] float32."""
     return _summed(query, key, scale, sight) / sight.queries_of(key.shape[2])
 
 
-def received_from_all(query: Tensor, key: Tensor, scale: float, sight: Sight) -> Tensor:
+def received_from_all(query: Tensor, key: Tensor, scale: float, sight: Sight = ALL) -> Tensor:
     """What every token but the CLS token gets, its attention among them: [B, H, N+1, D] to [B, N]
     float32."""
     return received_attention(query, key, scale, sight)[:, 1:]

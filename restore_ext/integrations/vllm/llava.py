@@ -18,12 +18,8 @@ from vllm.model_executor.models.vision import (
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from restore_ext.hf.vision import (
-    Seen,
-    cls_attention,
-    received_attention,
-    received_from_all,
-)
+from restore_ext.hf.tower_scores import cls_attention, received_attention, received_from_all
+from restore_ext.hf.vision import Seen
 from restore_ext.integrations.vllm.cpu import let_runner_ask
 from restore_ext.integrations.vllm.model import Processor, Reduced, Watch, raster
 from restore_ext.integrations.vllm.rows import Item

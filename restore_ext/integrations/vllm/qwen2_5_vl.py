@@ -15,7 +15,8 @@ from vllm.model_executor.models.qwen2_5_vl import (
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from restore_ext.hf.families.qwen2_5_vl import window_order
-from restore_ext.hf.vision import Seen, received_attention
+from restore_ext.hf.tower_scores import received_attention
+from restore_ext.hf.vision import Seen
 from restore_ext.integrations.vllm.cpu import let_runner_ask
 from restore_ext.integrations.vllm.model import Processor, Reduced, Watch
 from restore_ext.integrations.vllm.options import KEY, read_options, tokens_left
