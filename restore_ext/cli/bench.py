@@ -1,7 +1,6 @@
 """`restore-ext bench`: what reduction costs and saves on this machine."""
 
 import argparse
-import shlex
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ from restore_ext.bench.random_llava import prompt as random_prompt
 from restore_ext.bench.rounds import clock_of
 from restore_ext.bench.table import Column, Row, bars, markdown, said_of, text, write_csv
 from restore_ext.bench.ways import ways_of
-from restore_ext.cli.commands import RANDOM
+from restore_ext.cli.commands import RANDOM, typed
 from restore_ext.cli.errors import UserError, open_image
 from restore_ext.cli.load import encode_prompt, load, quiet, require_device
 from restore_ext.methods import list_methods
@@ -51,7 +50,7 @@ def bench(arguments: argparse.Namespace) -> None:
     made = facts.made(device, arguments.clock)  # now: what runs is what was read now
     kinds = {"model": _model, "methods": _methods, "ops": _ops, "guard": _guard}
     subject, tables, said = kinds[arguments.kind](arguments)
-    made = {"command": _command(arguments), "model": subject} | made
+    made = {"command": typed(arguments), "model": subject} | made
     tables = [replace(table, rows=[row | made for row in table.rows]) for table in tables]
     for table in tables:
         print(f"{text(table.rows, table.columns)}\n")
@@ -204,15 +203,6 @@ def _bar(total: int) -> Any:
     from tqdm import tqdm
 
     return tqdm(total=total, unit="run", leave=False)
-
-
-def _command(arguments: argparse.Namespace) -> str:
-    """What was typed, but for where the output goes."""
-    words = list(arguments.words)
-    if "--output" in words:
-        at = words.index("--output")
-        del words[at : at + 2]
-    return shlex.join(["restore-ext", *(w for w in words if not w.startswith("--output="))])
 
 
 def _write(folder: Path, tables: Sequence[Table], said: Sequence[str]) -> None:

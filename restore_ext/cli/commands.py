@@ -1,6 +1,7 @@
 """The commands of restore-ext and their options. Nothing heavy is imported to show --help."""
 
 import argparse
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -203,6 +204,15 @@ def add_reduction(parser: argparse.ArgumentParser) -> None:
     )
     about = "leave a prompt with fewer visual tokens than that as it is; 0: none"
     parser.add_argument("--min-visual-tokens", type=not_negative, default=0, help=about)
+
+
+def typed(arguments: argparse.Namespace) -> str:
+    """The command line, but for where the output goes."""
+    words = list(arguments.words)
+    if "--output" in words:
+        at = words.index("--output")
+        del words[at : at + 2]
+    return shlex.join(["restore-ext", *(w for w in words if not w.startswith("--output="))])
 
 
 def not_negative(text: str) -> int:

@@ -9,6 +9,8 @@ import matplotlib  # noqa: F401  first: where it is missing, that is said before
 from PIL import Image
 
 import restore_ext
+from restore_ext.bench import facts
+from restore_ext.cli.commands import typed
 from restore_ext.cli.errors import UserError, check_reduction, open_image
 from restore_ext.cli.load import encode_prompts, load, quiet
 from restore_ext.hf.diagnosis import Diagnosis, join
@@ -41,6 +43,8 @@ def diagnose(arguments: argparse.Namespace) -> None:
         raise UserError(f"--new-tokens must be at least 1, got {new_tokens}")
     folder = _folder(arguments.output)
     quiet()
+    # Now: what runs is what was read now.
+    made = {"command": typed(arguments), **facts.made(arguments.device, "wall")}
     model, processor = load(arguments.model, arguments.device, arguments.dtype)
     reduction = {
         "method": arguments.method,
@@ -59,7 +63,7 @@ def diagnose(arguments: argparse.Namespace) -> None:
             parts.append(restore_ext.diagnose(model, inputs, new_tokens=new_tokens, **reduction))
         except (ValueError, TypeError, NotImplementedError) as error:
             raise UserError(f"--model: {arguments.model}: {one_line(error)}") from error
-    summary = {"model": arguments.model, **join(parts).summary()}
+    summary = {"model": arguments.model, "made": made, **join(parts).summary()}
     _say(asked, processor, parts[0], summary)
     try:
         (folder / "diagnosis.json").write_text(json.dumps(summary, indent=1, allow_nan=False))
