@@ -42,7 +42,8 @@ def block(result: Path = RESULT) -> str:
     made = kept["made"]
     cores = THREADS.get(made["threads"], f"{made['threads']} cores")
     return (
-        f"```sh\n$ {kept['command']}\n```\n```text output\n{kept['printed'].strip()}\n```\n\n"
+        f"```sh\n$ {kept['command']}\n```\n"
+        f"```text output varies\n{kept['printed'].strip()}\n```\n\n"
         f"Medians on {cores} of an {made['machine']}, torch {made['torch']}, transformers "
         f"{made['transformers']}, commit {made['commit']}, {made['when']}; prefill counts the "
         "vision tower and the reduction."

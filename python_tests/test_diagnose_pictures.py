@@ -223,7 +223,8 @@ def test_a_schedule_and_the_guard_are_what_attach_is_given(tmp_path, capsys):
     assert main(["diagnose", *given, "--schedule", str(schedule)]) == 0
     assert cells(capsys.readouterr().out)["RESTORE"][0] == "576 to 40"
     assert main(["diagnose", *given, "--keep", "64", "--min-visual-tokens", "577"]) == 0
-    assert cells(capsys.readouterr().out)["RESTORE"][0] == "576"
+    out = capsys.readouterr().out
+    assert cells(out)["RESTORE"][0] == "576" and "nothing was reduced: all visual tokens" in out
 
 
 def wrong(tmp_path):
@@ -239,6 +240,7 @@ def wrong(tmp_path):
         "no scenes": (["--scenes", "0"], "--scenes must be at least 1, got 0"),
         "seed": (["--seed", "-1"], "--seed must be at least 0, got -1"),
         "words": (["--new-tokens", "0"], "--new-tokens must be at least 1, got 0"),
+        "room": (["--new-tokens", "9999"], "--new-tokens must be at most 14"),
         "keep": (["--keep", "0"], "--keep must be at least 1, got 0"),
         "budget": (["--method", "vtw", "--keep", "3"], "--keep must not be given with"),
         "method": (["--method", "best"], "--method must be one of"),
@@ -251,7 +253,7 @@ def wrong(tmp_path):
 
 
 MISTAKES = (
-    *("no image", "no prompt", "scenes of an image", "no scenes", "seed", "words", "keep"),
+    *("no image", "no prompt", "scenes of an image", "no scenes", "seed", "words", "room", "keep"),
     *("budget", "method", "schedule", "word", "word of scenes", "folder", "model"),
 )
 

@@ -12,8 +12,8 @@ import restore_ext
 from restore_ext.bench import facts
 from restore_ext.cli.commands import typed
 from restore_ext.cli.errors import UserError, check_reduction, open_image
-from restore_ext.cli.load import encode_prompts, load, quiet
-from restore_ext.hf.diagnosis import Diagnosis, join
+from restore_ext.cli.load import check_room, encode_prompts, load, quiet
+from restore_ext.hf.diagnosis import Diagnosis, join, table
 from restore_ext.hf.diagnosis.maps import (
     TITLES,
     as_picture,
@@ -57,6 +57,7 @@ def diagnose(arguments: argparse.Namespace) -> None:
     for first in range(0, len(asked), BATCH):
         pictures, questions = zip(*asked[first : first + BATCH], strict=True)
         batches.append(encode_prompts(arguments.model, processor, pictures, questions, model))
+        check_room(model, batches[-1], new_tokens)
     parts = []
     for inputs in _with_progress(batches):
         try:
@@ -117,33 +118,13 @@ def _say(asked: Asked, processor: Any, first: Diagnosis, summary: dict[str, Any]
         print(f"prompt     {asked[0][1]}\nanswer     {' '.join(answer.split())}\n")
     else:
         print(f"mean of {len(asked)} scenes, ± 95 % interval\n")
-    rows = [["", "visual tokens", "distance", "cosine visual", "cosine last", "KL nats", "top-1"]]
-    several = first.answer.shape[1] > 1
-    rows[0] += ["KL answer", "top-1 answer"] if several else []
-    rows.append([TITLES["full"], _tokens(summary["full"])])
-    for name, way in summary["ways"].items():
-        found = [way["distance"]["overall"], way["cosine"]["visual"], way["cosine"]["last"]]
-        found += [way[of][when] for when in ("first", "answer")[: 1 + several] for of in _OUTPUT]
-        rows.append([TITLES[name], _tokens(way), *map(_number, found)])
+    rows = table.rows(summary, first.answer.shape[1] > 1)
     print(aligned(rows, [i > 0 for i in range(len(rows[0]))]))
+    if table.nothing_reduced(summary):
+        print("nothing was reduced: all visual tokens were kept in every layer")
     for name, reason in summary["left_out"].items():
         print(f"{TITLES[name]}: left out: {reason}")
     print()
-
-
-_OUTPUT = ("kl", "top1")
-
-
-def _tokens(run: dict[str, Any]) -> str:
-    first, last = run["visual_tokens"][0], run["visual_tokens"][-1]
-    return f"{first:.0f}" if first == last else f"{first:.0f} to {last:.0f}"
-
-
-def _number(found: dict[str, float | None]) -> str:
-    if found["mean"] is None:
-        return "-"
-    half = found["half_width"]
-    return f"{found['mean']:.3f}" if half is None else f"{found['mean']:.3f} ± {half:.3f}"
 
 
 def _draw(
