@@ -18,7 +18,7 @@ from restore_ext.bench.table import Column, Row, bars, markdown, said_of, text, 
 from restore_ext.bench.ways import ways_of
 from restore_ext.cli.commands import RANDOM, typed
 from restore_ext.cli.errors import UserError, open_image
-from restore_ext.cli.load import encode_prompt, load, quiet, require_device
+from restore_ext.cli.load import check_room, encode_prompt, load, quiet, require_device
 from restore_ext.methods import list_methods
 from restore_ext.pocket import held_out, is_pocket
 from restore_ext.text import one_line
@@ -99,6 +99,7 @@ def _asked(arguments: argparse.Namespace) -> list[str]:
 
 def _model(arguments: argparse.Namespace) -> tuple[str, list[Table], list[str]]:
     subject, model, inputs = _subject(arguments)
+    check_room(model, inputs, 1 + arguments.new_tokens)
     clock = clock_of(arguments.clock, model.device)
     attentions = serving.measure_attentions(model, inputs, arguments.rounds, clock)
     running = [row["attention"] for row in attentions if "ttft_ms" in row]
@@ -127,7 +128,8 @@ def _model(arguments: argparse.Namespace) -> tuple[str, list[Table], list[str]]:
 
 def _methods(arguments: argparse.Namespace) -> tuple[str, list[Table], list[str]]:
     subject, model, inputs = _subject(arguments)
-    ways = ways_of(_asked(arguments), arguments.keep, model, inputs, arguments.backend)
+    methods = [*BASELINES, *_asked(arguments)]
+    ways = ways_of(methods, arguments.keep, model, inputs, arguments.backend)
     with closing(_bar(len(ways) * (1 + arguments.rounds))) as bar:
         rows = prefill.measure_prefills(
             model,
@@ -205,6 +207,12 @@ def _bar(total: int) -> Any:
     return tqdm(total=total, unit="run", leave=False)
 
 
+def _label(table: Table, row: Row) -> str:
+    """What names a row of the plot: its columns, and numbers with what they count."""
+    counts = {"batch": "batch {}", "concurrency": "{} at once", "before": "{} visual tokens"}
+    return ", ".join(counts.get(k, "{}").format(row[k]) for k in table.labels)
+
+
 def _write(folder: Path, tables: Sequence[Table], said: Sequence[str]) -> None:
     try:
         for table in tables:
@@ -213,7 +221,7 @@ def _write(folder: Path, tables: Sequence[Table], said: Sequence[str]) -> None:
             parts = [markdown(table.rows, table.columns), *said, said_of(table.rows)]
             file.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
             title = f"{table.rows[0]['model']}, {table.rows[0]['machine']}"
-            shown = {", ".join(row[k] for k in table.labels): row for row in table.rows}
+            shown = {_label(table, row): row for row in table.rows}
             bars(file.with_suffix(".png"), shown, table.plot, title, table.unit, table.base)
     except OSError as error:
         raise UserError(f"--output: {folder}: {one_line(error)}") from error
