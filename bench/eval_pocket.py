@@ -12,7 +12,7 @@ import functools
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from bench.machine import ROOT
 from restore_ext.cli.load import quiet
 from restore_ext.pocket import load_pocket
 from restore_ext.pocket.answers import evaluate, kept, made, unpack
-from restore_ext.pocket.eval import Batch, Right, answer, configurations
+from restore_ext.pocket.eval import Batch, Right, answer, configurations, main_configurations
 from restore_ext.pocket.table import brief, markdown
 
 ENOUGH = 2000  # questions, for a table that is shown
@@ -92,14 +92,16 @@ def tables(results: Path = RESULTS) -> str:
 
 def brief_table(results: Path = RESULTS) -> str:
     """The one table of the README."""
-    right, how, _ = _enough(results)
+    right, how, _ = _enough(results, {c.name for c in main_configurations()})
     return f"{brief(right)}\n\n{how}"
 
 
-def _enough(results: Path) -> tuple[Right, str, list[str]]:
+def _enough(results: Path, names: Container[str] | None = None) -> tuple[Right, str, list[str]]:
     """The answers of configurations that were asked enough, how they were made, and the methods
-    that have others."""
+    that have others; names: of those configurations alone."""
     rows = {n: row for n, row in kept(results).items() if row["questions"] >= ENOUGH}
+    if names is not None:
+        rows = {n: row for n, row in rows.items() if n in names}
     if not rows:
         raise ValueError(f"{results} must have {ENOUGH} answers of some configuration, has none")
     facts = json.loads(results.read_text())["made"]

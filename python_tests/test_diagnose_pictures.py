@@ -3,15 +3,18 @@
 import json
 import re
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from family_checks import ROWS, model, row_inputs
 from hf_harness import forward
 from PIL import Image
 
 import restore_ext
 from restore_ext.cli import main
+from restore_ext.hf.diagnosis import maps
 from restore_ext.hf.diagnosis.maps import as_picture, draw_attention, draw_tokens, find_bases
 from restore_ext.hf.diagnosis.plots import plot_distances, plot_shares
 from restore_ext.picture import MARGIN, SIDE
@@ -128,6 +131,15 @@ def test_token_sheets_show_what_is_left(diagnosis):
     red = [(x == (200, 30, 30)).all(1).sum() for x in (plain, restore)]
     assert red == [64, 32]
     assert (plain.max(1) < 70).sum() == 576 - 64 and (restore.max(1) < 70).sum() == 0
+
+
+def test_a_sheet_says_where_nothing_was_reduced():
+    some, none = torch.ones(1, 4, dtype=torch.bool), torch.zeros(1, 4, dtype=torch.bool)
+    group = torch.arange(4)[None]
+    whole = SimpleNamespace(kept=some, merged=none, group=group)
+    assert maps._said_of(whole) == "all 4 kept"
+    less = SimpleNamespace(kept=some[:, :2], merged=none[:, :2], group=group.clamp_max(1))
+    assert maps._said_of(less) == "2 kept, the rest dropped"
 
 
 def test_plots_draw_the_numbers(diagnosis, tmp_path):
