@@ -75,7 +75,7 @@ def test_blocks_are_read_as_they_are_meant():
     assert shell.code == "$ one 'two three'  # four\nfive \\\n  six\n" and shell.line == 8
     assert list(commands(shell.code)) == [["one", "two three"], ["five", "six"]]
     text = "<!--python\ny = 2\n-->\n```python\nprint(y)\n```\n"
-    text += "```text output\n7\n```\n```sh gpu\nls\n```\n"
+    text += "```text output\n2\n```\n```sh gpu\nls\n```\n"
     assert Page("page").run(text) == 3
     assert masked("a 1,234.5  ms\n-----", True) == masked("a 6 ms\n--", True)
     assert masked("in 1,234.5 ms, 3 MiB") == masked("in 6 ms, 12.5 MiB")
