@@ -1,4 +1,4 @@
-"""What `restore-ext demo` prints, kept with what it ran on, for the README.
+"""What `restore-ext demo` prints, kept with what it ran on, for docs/quickstart.md.
 
 python -m bench.demo      runs it, and keeps it in bench/results/demo.json
 """
