@@ -1,7 +1,7 @@
 """Measures what every way of reducing tokens costs the built-in model in accuracy.
 
     python -m bench.eval_pocket    asks all questions; goes on where it was interrupted
-    python -m bench.tables         writes the tables into README.md, from the answers kept
+    python -m bench.tables         writes the tables into README.md and docs/pocket.md, of them
 
 The answers are kept in bench/results/pocket_eval.json, question by question, so that more questions
 or configurations only add to them. Answers of other weights are not mixed: they are asked anew.
@@ -9,28 +9,23 @@ or configurations only add to them. Answers of other weights are not mixed: they
 
 import argparse
 import functools
-import hashlib
 import json
 import os
-import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import torch
-import transformers
 from tqdm import tqdm
 
-from bench.machine import ROOT, machine
+from bench.machine import ROOT
 from restore_ext.cli.load import quiet
 from restore_ext.pocket import load_pocket
-from restore_ext.pocket.eval import Batch, Configuration, Right, add, answer, configurations, plan
-from restore_ext.pocket.model import FOLDER
-from restore_ext.pocket.table import markdown
+from restore_ext.pocket.answers import evaluate, kept, made, unpack
+from restore_ext.pocket.eval import Batch, Right, answer, configurations, main_configurations
+from restore_ext.pocket.table import brief, markdown
 
-Row = dict[str, Any]
 ENOUGH = 2000  # questions, for a table that is shown
 RESULTS = ROOT / "bench/results/pocket_eval.json"
 worker: Callable[[Batch], Right]  # of this process, see start_worker
@@ -48,18 +43,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--fresh", action="store_true", help="forget the answers kept")
     a = parser.parse_args(argv)
     chosen = [c for c in configurations() if a.only in c.name]
-    rows = {} if a.fresh else kept(a.results)
-    right = {name: unpack(row["right"], row["questions"]) for name, row in rows.items()}
-    facts, commit = made(a), code()  # now: what runs is what was read when this began
-    batches = [b for b in plan(a.questions, chosen, right, a.batch) if b.todo]
+    command = f"python -m bench.eval_pocket --questions {a.questions} --backend {a.backend}"
     start = time.perf_counter()
-    with tqdm(total=sum(b.stop - b.start for b in batches), unit="question") as bar:
-        for batch, answers in zip(batches, answer_all(batches, a), strict=True):
-            add(right, batch, answers)
-            for c in batch.todo:
-                rows[c.name] = row(c, right[c.name], commit, rows.get(c.name))
-            save(a.results, facts, rows)
-            bar.update(batch.stop - batch.start)
+    with tqdm(unit="question") as bar:
+
+        def done(now: int, total: int) -> None:
+            bar.total = total
+            bar.update(now)
+
+        facts = made(command, a.workers)
+        asked = functools.partial(answer_all, a=a)
+        given = (chosen, a.questions, asked, a.results, facts)
+        evaluate(*given, batch=a.batch, fresh=a.fresh, done=done)
     print(f"{len(chosen)} configurations, {time.perf_counter() - start:.0f} s: {a.results}")
 
 
@@ -88,86 +83,37 @@ def work(batch: Batch) -> Right:
     return worker(batch)
 
 
-def kept(results: Path) -> dict[str, Row]:
-    """The rows in `results` that are these weights' answers under today's options of that name."""
-    if not results.is_file():
-        return {}
-    content = json.loads(results.read_text())
-    if content["made"]["weights"] != fingerprint():
-        print(f"{results} is of other weights: starting anew")
-        return {}
-    options = {c.name: c.options for c in configurations()}
-    return {n: row for n, row in content["rows"].items() if row["options"] == options.get(n)}
-
-
-def row(configuration: Configuration, right: list[bool], commit: str, before: Row | None) -> Row:
-    commits = [] if before is None else before["commits"]
-    return {
-        "options": configuration.options,
-        "accuracy": round(sum(right) / len(right), 4),
-        "questions": len(right),
-        "right": pack(right),
-        "commits": commits if commit in commits else [*commits, commit],
-    }
-
-
-def save(results: Path, facts: dict[str, Any], rows: dict[str, Row]) -> None:
-    """Writes the answers whole or not at all."""
-    results.parent.mkdir(parents=True, exist_ok=True)
-    new = results.with_suffix(".new")
-    new.write_text(json.dumps({"made": facts, "rows": rows}, indent=1) + "\n")
-    os.replace(new, results)
-
-
-def made(a: argparse.Namespace) -> dict[str, Any]:
-    """With what the answers were made."""
-    return {
-        "command": f"python -m bench.eval_pocket --questions {a.questions} --backend {a.backend}",
-        "weights": fingerprint(),
-        "machine": f"{machine('cpu')}, {a.workers} processes",
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
-def code() -> str:
-    """The commit, with -dirty behind if the tree is not what it says."""
-    describe = ["git", "describe", "--always", "--dirty"]
-    return subprocess.run(describe, capture_output=True, text=True).stdout.strip() or "none"
-
-
-def fingerprint() -> str:
-    return hashlib.sha256((FOLDER / "model.safetensors").read_bytes()).hexdigest()[:16]
-
-
-def pack(answers: Sequence[bool]) -> str:
-    """Answers as hexadecimal, the first question in the highest bit."""
-    return f"{int('1' + ''.join('01'[a] for a in answers), 2):x}"  # a leading 1 keeps the zeros
-
-
-def unpack(text: str, questions: int) -> list[bool]:
-    bits = f"{int(text, 16):b}"[1:]
-    if len(bits) != questions:
-        raise ValueError(f"right must hold {questions} answers, got {len(bits)}")
-    return [bit == "1" for bit in bits]
-
-
 def tables(results: Path = RESULTS) -> str:
     """The tables of the answers kept, with what they were made with."""
-    facts, rows = json.loads(results.read_text())["made"], kept(results)
-    rows = {n: row for n, row in rows.items() if row["questions"] >= ENOUGH}
+    right, how, lacking = _enough(results)
+    asked = f" Not asked yet, or not all: {', '.join(lacking)}." if lacking else ""
+    return f"{markdown(right)}\n\n{how}{asked}"
+
+
+def brief_table(results: Path = RESULTS) -> str:
+    """The one table of the README."""
+    right, how, _ = _enough(results, {c.name for c in main_configurations()})
+    return f"{brief(right)}\n\n{how}"
+
+
+def _enough(results: Path, names: Container[str] | None = None) -> tuple[Right, str, list[str]]:
+    """The answers of configurations that were asked enough, how they were made, and the methods
+    that have others; names: of those configurations alone."""
+    rows = {n: row for n, row in kept(results).items() if row["questions"] >= ENOUGH}
+    if names is not None:
+        rows = {n: row for n, row in rows.items() if n in names}
     if not rows:
         raise ValueError(f"{results} must have {ENOUGH} answers of some configuration, has none")
+    facts = json.loads(results.read_text())["made"]
     right = {n: unpack(row["right"], row["questions"]) for n, row in rows.items()}
     lacking = dict.fromkeys(c.name.split("/")[0] for c in configurations() if c.name not in rows)
-    asked = f" Not asked yet, or not all: {', '.join(lacking)}." if lacking else ""
     commits = ", ".join(dict.fromkeys(c for row in rows.values() for c in row["commits"]))
     how = (
         f"`{facts['command']}`, then `python -m bench.tables`: {facts['machine']}, torch "
         f"{facts['torch']}, transformers {facts['transformers']}, commit {commits}, weights "
         f"{facts['weights']}."
     )
-    return f"{markdown(right)}\n\n{how}{asked}"
+    return right, how, list(lacking)
 
 
 if __name__ == "__main__":

@@ -20,10 +20,11 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from bench.eval_pocket import answer_all, code, fingerprint, pack, unpack
-from bench.harness import machine
+from bench.eval_pocket import answer_all
+from bench.machine import commit, machine
 from restore_ext.cli.load import quiet
 from restore_ext.pocket import load_pocket
+from restore_ext.pocket.answers import fingerprint, pack, unpack
 from restore_ext.pocket.eval import Configuration, Right, accuracy, add, difference, plan
 from restore_ext.pocket.shared import remembered_features
 from restore_ext.search import find_schedule, first_token, flops, log_likelihood
@@ -62,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     a = parser.parse_args(argv)
     quiet()
     model, processor = load_pocket()
-    facts, commit = made(a), code()  # now: what runs is what was read when this began
+    facts, began = made(a), commit()  # now: what runs is what was read when this began
     start = time.perf_counter()
     found = search(model, processor, a)
     rivals = {name: against(model.config, f["layers"], f["scores"]) for name, f in found.items()}
@@ -76,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             add(right, batch, answers)
             rows = [row(model.config, c, right[c.name]) for c in asked]
             said = {name: [c.name for c in others] for name, others in rivals.items()}
-            save(a.results, {"made": {**facts, "commit": commit}, "rivals": said, "rows": rows})
+            save(a.results, {"made": {**facts, "commit": began}, "rivals": said, "rows": rows})
             bar.update()
     print(f"{time.perf_counter() - start:.0f} s: {a.results}")
 

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from bench import demo, eval_ocr, eval_pocket, measured, search_pocket
+from bench import demo, diagnosed, eval_ocr, eval_pocket, measured, search_pocket
 from bench.gpu.collect import RESULTS, passed
 from bench.gpu.table import numbers, proof_table
 from bench.machine import ROOT
@@ -29,14 +29,16 @@ class Table:
 
 
 TABLES = [
-    Table("README.md", "demo", demo.block),
-    Table("README.md", "pocket-table", eval_pocket.tables),
+    Table("README.md", "brief-table", eval_pocket.brief_table),
+    Table("docs/quickstart.md", "demo", demo.block),
+    Table("docs/pocket.md", "pocket-table", eval_pocket.tables),
     Table("docs/ocr.md", "ocr-table", eval_ocr.tables),
     Table("docs/search.md", "search-table", search_pocket.tables),
-    Table("README.md", "bench", lambda: numbers(RESULTS)),
+    Table("docs/gpu_proof.md", "bench", lambda: numbers(RESULTS)),
     Table("docs/gpu_proof.md", "proof", lambda: proof_table(passed(RESULTS))),
     Table("docs/methods.md", "methods", lambda: as_markdown(cards())),
     Table("docs/families.md", None, lambda: catalogue.page() + "\n"),
+    *(Table("docs/diagnose.md", name, text) for name, text in diagnosed.TABLES.items()),
     *(Table("docs/bench.md", name, text) for name, text in measured.TABLES.items()),
 ]
 

@@ -5,11 +5,12 @@
 ```sh server        a restore-ext command that stays up while the rest of the page runs
 ```json             is JSON
 ```text             is not run
-```text output      is what the block in front printed, but for its numbers
+```text output      is what the block in front printed, but for times and memory
+```text output varies   the same, but for every number (a clock's, or one that hangs on rounding)
 <!--python ... -->  runs and is not seen: what a page takes for granted
 
 A word behind the language says what a block cannot do without: gpu, hub (a model hub or another
-network), vllm. Of those, only the options of our own commands are checked.
+network), vllm, or slow (minutes). Of those, only the options of our own commands are checked.
 """
 
 import contextlib
@@ -32,8 +33,15 @@ from typing import Any
 
 from restore_ext.cli import command_parser, main
 
+# What a block of text must not begin with: it would not be run.
+COMMANDS = ("$ ", "python ", "restore-ext ", "curl ", "bench/", "pip ")
+# Numbers that no two runs agree on, by their unit.
+RUNS = re.compile(
+    r"(?<![\w.])\d[\d,.]*(?= ?(?:us|ms|s|seconds|min|[MG]i?B|tok/s|tokens/s|x faster)\b)"
+)
+DECIMAL = re.compile(r"\d+\.\d+")
 LANGUAGES = ("python", "sh", "json", "text")
-ELSEWHERE = ("gpu", "hub", "vllm")
+ELSEWHERE = ("gpu", "hub", "vllm", "slow")
 BLOCK = re.compile(
     r"^(?P<indent> *)```(?P<info>[^\n]*)\n(?P<code>.*?)^(?P=indent)```$"
     r"|^<!--python\n(?P<hidden>.*?)^-->$",
@@ -96,10 +104,13 @@ class Page:
         if block.language == "json":
             json.loads(block.code)
         elif block.language == "text":
+            first = block.code.lstrip()
+            assert not first.startswith(COMMANDS), f"{where}: a command is ```sh, or marked gpu"
             if "output" not in block.words:
                 return False
-            wanted, came = masked(block.code), masked(self.printed)
-            assert came == wanted, f"{where}: printed\n{came}\nand the page has\n{wanted}"
+            every = "varies" in block.words
+            wanted, came = masked(block.code, every), masked(self.printed, every)
+            assert alike(came, wanted), f"{where}: printed\n{came}\nand the page has\n{wanted}"
         else:
             with contextlib.redirect_stdout(io.StringIO()) as out:
                 if block.language == "python":
@@ -120,10 +131,16 @@ class Page:
             assert main(arguments) == 0, f"{where}: {shlex.join(words)} failed"
         elif program == "python" and arguments[0] == "-m":
             _module(arguments[1], arguments[2:], where)
+        elif program == "curl":
+            assert self.servers, f"{where}: no server of this page is up"
+            print(subprocess.run([program, "-sS", *arguments], check=True, **_TEXT).stdout)
         elif program == "make":
             subprocess.run([program, "-n", *arguments], check=True, capture_output=True)
         else:
             raise AssertionError(f"{where}: {program} is not run by tests: say it outside a block")
+
+
+_TEXT: dict[str, Any] = {"text": True, "stdout": subprocess.PIPE}
 
 
 def commands(code: str) -> Iterator[list[str]]:
@@ -142,10 +159,19 @@ def _check_options(code: str) -> None:
                 command_parser().parse_args(words[i + 1 :])
 
 
-def masked(text: str) -> str:
-    """Without what differs from run to run: numbers, and the width of columns."""
-    text = re.sub(r"\d[\d,.]*", "#", text)
+def masked(text: str, every: bool = False) -> str:
+    """Without what differs from run to run: times and the memory of a process, or every number,
+    and the width of columns."""
+    text = re.sub(r"\d[\d,.]*", "#", text) if every else RUNS.sub("#", text)
     return re.sub(r"[ \t]+|-{2,}", " ", text).strip()
+
+
+def alike(came: str, wanted: str) -> bool:
+    """The same text, decimals within what another CPU rounds otherwise."""
+    if DECIMAL.sub("#", came) != DECIMAL.sub("#", wanted):
+        return False
+    pairs = zip(*(map(float, DECIMAL.findall(text)) for text in (came, wanted)), strict=True)
+    return all(abs(a - b) <= 0.0011 + 0.01 * abs(b) for a, b in pairs)
 
 
 def _module(name: str, arguments: list[str], where: str) -> None:
@@ -178,7 +204,7 @@ def _start(arguments: list[str]) -> subprocess.Popen[str]:
 
 
 def _stop(server: subprocess.Popen[str]) -> str:
-    server.send_signal(signal.SIGINT)
+    server.send_signal(signal.SIGTERM)
     output = server.communicate(timeout=60)[0]
     assert server.returncode == 0, f"the server ended with {server.returncode}: {output}"
     return output

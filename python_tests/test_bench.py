@@ -3,6 +3,7 @@
 import importlib.util
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -148,7 +149,8 @@ def test_baselines_have_their_rows_and_several_ask_at_once(qwen, monkeypatch):
         left = tokens if way == ALL_TOKENS else 5
         assert row["tokens"] == str(left)
         length = inputs["input_ids"].shape[1] - tokens + left
-        assert float(row["kv_kb"]) == round(int(batch) * per_token * length / 1024)
+        assert float(row["kv_kib"]) == round(int(at_once) * int(batch) * per_token * length / 1024)
+        assert float(row["peak_mib_p20"]) <= float(row["peak_mib"]) <= float(row["peak_mib_p80"])
         assert float(row["ttft_ms"]) > 0 and float(row["token_ms"]) > 0
         assert row["attention"] == ("eager" if way == ALL_TOKENS else "restore_ext")
         assert ("speedup" in row) == (way != ALL_TOKENS)
@@ -187,16 +189,29 @@ def test_the_unhooked_model_has_its_fastest_attention(llava, monkeypatch):
     model.set_attn_implementation("sdpa")
 
 
-def test_peak_memory_is_what_an_answer_takes_on_top(llava, monkeypatch):
-    _, inputs = llava
-    before = torch.ones(16 << 20)  # 64 MB that are there already
-    monkeypatch.setattr(generation, "generate", lambda *_: torch.ones(32 << 20).sum())
-    peak = generation.peak_bytes(None, inputs, 1)
-    if peak is None:
+def test_peak_memory_is_what_all_requests_at_once_take_on_top(llava, monkeypatch):
+    model, inputs = llava
+    before = torch.ones(16 << 20)  # 64 MiB that are there already
+    meet = threading.Barrier(2, timeout=20)
+
+    def answer(*_):
+        taken = torch.ones(32 << 20)
+        meet.wait()
+        return float(taken[-1]), 0.0
+
+    monkeypatch.setattr(serving, "time_answer", answer)
+    ways = ways_of([], 4, model, inputs)
+    measured = serving.Serving(model, inputs, ways, 1, 3, time.perf_counter, "sdpa", "sdpa")
+    seen = serving.Seen()
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(2):
+            measured._turn(pool, 2, inputs, ways[0], seen)
+    if not seen.peak:
         pytest.skip("this system does not say")
-    assert 120 << 20 < peak < 180 << 20 and before.sum() == len(before)
+    assert len(seen.peak) == 2 and before.sum() == len(before)
+    assert all(240 << 20 < peak < 330 << 20 for peak in seen.peak), "of both requests together"
     monkeypatch.setattr(generation, "_reset_high_water", lambda: False)
-    assert generation.peak_bytes(None, inputs, 1) is None
+    assert generation.with_peak(lambda: 3, torch.device("cpu")) == (3, None)
 
 
 def test_operators_are_right_before_they_are_fast(monkeypatch):
@@ -282,6 +297,7 @@ def test_the_commands_print_and_write(tmp_path, capsys, monkeypatch):
     torch.set_num_threads(before)
     said = capsys.readouterr().out
     assert "1 thread, the thread's own time" in said and "16 to 4" in said
+    assert "random plain " in said and "downsample plain " in said, "asked for or not"
     assert (tmp_path / "model.png").exists() == HAS_PLOTS
 
 
@@ -294,6 +310,7 @@ MISTAKES = {
     "method": (["--methods", "best"], "--methods must be among random, uniform"),
     "batch": (["--batch", "1,0"], "argument --batch: must be an int of at least 1, got 0"),
     "new tokens": (["--new-tokens", "-1"], "must be an int of at least 0, got -1"),
+    "room": (["--new-tokens", "2000"], "--new-tokens must be at most"),
     "shape": (["--model", "random", "--shape", "2,64"], "--shape must be LAYERS,WIDTH,SIDE"),
     "width": (["--model", "random", "--shape", "2,448,4"], "--shape: the widths 448 of the"),
     "device": (["--model", "random", "--device", "teapot"], "--device: teapot cannot be used"),

@@ -1,6 +1,7 @@
 """restore-ext on the command line: what it prints and writes, and what it says when it cannot."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ from restore_ext.cli.load import encode_prompt
 from restore_ext.cli.measure import Task
 from restore_ext.methods import list_methods
 from restore_ext.pocket import POCKET_NAME, held_out, load_pocket
+from restore_ext.pocket.eval import configurations
 from restore_ext.pocket.model import FOLDER
 
 QUICK = ["--repeats", "1"]
@@ -155,14 +157,30 @@ def test_run_can_say_more_than_a_word(scene, capsys):
     assert len(capsys.readouterr().out.splitlines()[0].split()) == 6
 
 
-def test_config_and_module_and_eval(capsys):
+def test_config_and_module_and_eval(tmp_path, capsys, monkeypatch):
     command = [sys.executable, "-m", "restore_ext", "config"]
     shown = subprocess.run(command, capture_output=True, text=True, check=True)
     assert re.search(r"^torch +\d", shown.stdout, re.M) and not shown.stderr
-    assert main(["eval", "pocket", "--questions", "3", "--only", "uniform/64/p"]) == 0
+    file = tmp_path / "answers.json"
+    ask = ["eval", "pocket", "--only", "uniform/64/p", "--output", str(file), "--questions"]
+    assert main([*ask, "3"]) == 0
     out = capsys.readouterr().out
     assert re.search(r"^uniform/64/paper +[01]\.\d{3} ± ", out, re.M)
     assert "| 64 | uniform |" in out
+    rows = json.loads(file.read_text())["rows"]
+    assert {row["questions"] for row in rows.values()} == {3} and len(rows) == 2
+    monkeypatch.setattr(
+        "restore_ext.pocket.eval.answer", lambda *_: 1 / 0
+    )  # nothing is asked again
+    assert main([*ask, "2"]) == 0
+    assert re.search(r"^uniform/64/plain +[01]\.\d{3} ± ", capsys.readouterr().out, re.M)
+    file.write_text("[]")
+    assert main([*ask, "2"]) == 2 and "must be a file of answers" in capsys.readouterr().err
+    assert main(["eval", "pocket", "--list"]) == 0
+    names = capsys.readouterr().out.split()
+    assert "divprune/64/paper" in names and "full" in names and 15 < len(names) < 30
+    assert main(["eval", "pocket", "--list", "--all"]) == 0
+    assert len(capsys.readouterr().out.split()) == len(configurations())
 
 
 def wrong(tmp_path):
@@ -207,7 +225,11 @@ def wrong(tmp_path):
         "alien": ([*run, str(alien)], f"--model: {alien} cannot be loaded"),
         "offline": ([*run, "someone/model"], "someone/model is not a folder and not in the cache"),
         "id": ([*run, "a/b/c"], "there is no folder and no model on the hub named a/b/c"),
-        "questions": (["eval", "pocket", "--questions", "0"], "--questions must be at least 1"),
+        "questions": (["eval", "pocket", "--questions", "0"], "must be an int of at least 1"),
+        "eval output": (
+            ["eval", "pocket", "--output", str(tmp_path)],
+            "--output must be a file in",
+        ),
         "only": (["eval", "pocket", "--only", "magic"], "no configuration has 'magic' in its name"),
     }
 
@@ -216,7 +238,8 @@ def wrong(tmp_path):
     "no file", "no image", "a folder", "method", "schedule", "no budget", "keep in the tower",
     "keep", "keep word",
     "repeats", "seed", "word", "output", "command", "prompt word", "new tokens",
-    "device", "empty folder", "no folder", "alien", "offline", "id", "questions", "only",
+    "device", "empty folder", "no folder", "alien", "offline", "id", "questions", "eval output",
+    "only",
 ])  # fmt: skip
 def test_a_mistake_is_said_in_one_line(mistake, tmp_path, capsys):
     cases = wrong(tmp_path)
@@ -255,6 +278,25 @@ def test_without_an_extra_it_says_which_and_config_still_works(absent):
     assert done.returncode == 2 and "CPU" in done.stdout
     install = 'pip install "transformers>=4.57.6,<6" accelerate pillow tqdm matplotlib'
     assert done.stderr == f"restore-ext: error: demo needs {absent}: {install}\n"
+
+
+def test_who_stops_reading_gets_no_traceback(monkeypatch):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as gone:
+        monkeypatch.setattr(sys, "stdout", gone)
+        assert main(["methods"]) == 141
+
+
+def test_defaults_are_shown_as_they_are_typed(capsys):
+    with pytest.raises(SystemExit):
+        main(["bench", "model", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "joined by commas (default: 1,4)" in said and "[1" not in said
+    for command, least in (("run", 16), ("serve", 16), ("demo", 0), ("diagnose", 0)):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        assert f"0: none (default: {least})" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_missing_argument_names_itself(capsys):

@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from serving import PICTURES, SCENES, ask, client_of, messages, text_of
@@ -37,6 +38,16 @@ def test_a_real_process_serves_and_ends_by_sigint():
     finally:
         process.kill()
     assert (process.returncode, out, err) == (0, "", "")
+
+
+@pytest.mark.parametrize("number", restore_ext.cli.serve.SIGNALS)
+def test_each_signal_stops_it_and_its_handler_comes_back(number):
+    """A real process is ended by SIGTERM where the blocks of docs/serve.md run."""
+    before, server = signal.getsignal(number), SimpleNamespace(should_exit=False)
+    with restore_ext.cli.serve._stopped_by_signals(server):
+        signal.raise_signal(number)
+        assert server.should_exit
+    assert signal.getsignal(number) is before and signal.SIGTERM in restore_ext.cli.serve.SIGNALS
 
 
 @pytest.mark.parametrize(

@@ -3,15 +3,18 @@
 import json
 import re
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from family_checks import ROWS, model, row_inputs
 from hf_harness import forward
 from PIL import Image
 
 import restore_ext
 from restore_ext.cli import main
+from restore_ext.hf.diagnosis import maps
 from restore_ext.hf.diagnosis.maps import as_picture, draw_attention, draw_tokens, find_bases
 from restore_ext.hf.diagnosis.plots import plot_distances, plot_shares
 from restore_ext.picture import MARGIN, SIDE
@@ -130,6 +133,15 @@ def test_token_sheets_show_what_is_left(diagnosis):
     assert (plain.max(1) < 70).sum() == 576 - 64 and (restore.max(1) < 70).sum() == 0
 
 
+def test_a_sheet_says_where_nothing_was_reduced():
+    some, none = torch.ones(1, 4, dtype=torch.bool), torch.zeros(1, 4, dtype=torch.bool)
+    group = torch.arange(4)[None]
+    whole = SimpleNamespace(kept=some, merged=none, group=group)
+    assert maps._said_of(whole) == "all 4 kept"
+    less = SimpleNamespace(kept=some[:, :2], merged=none[:, :2], group=group.clamp_max(1))
+    assert maps._said_of(less) == "2 kept, the rest dropped"
+
+
 def test_plots_draw_the_numbers(diagnosis, tmp_path):
     summary = diagnosis.summary()
     figure = plot_shares(summary)
@@ -223,7 +235,8 @@ def test_a_schedule_and_the_guard_are_what_attach_is_given(tmp_path, capsys):
     assert main(["diagnose", *given, "--schedule", str(schedule)]) == 0
     assert cells(capsys.readouterr().out)["RESTORE"][0] == "576 to 40"
     assert main(["diagnose", *given, "--keep", "64", "--min-visual-tokens", "577"]) == 0
-    assert cells(capsys.readouterr().out)["RESTORE"][0] == "576"
+    out = capsys.readouterr().out
+    assert cells(out)["RESTORE"][0] == "576" and "nothing was reduced: all visual tokens" in out
 
 
 def wrong(tmp_path):
@@ -239,6 +252,7 @@ def wrong(tmp_path):
         "no scenes": (["--scenes", "0"], "--scenes must be at least 1, got 0"),
         "seed": (["--seed", "-1"], "--seed must be at least 0, got -1"),
         "words": (["--new-tokens", "0"], "--new-tokens must be at least 1, got 0"),
+        "room": (["--new-tokens", "9999"], "--new-tokens must be at most 14"),
         "keep": (["--keep", "0"], "--keep must be at least 1, got 0"),
         "budget": (["--method", "vtw", "--keep", "3"], "--keep must not be given with"),
         "method": (["--method", "best"], "--method must be one of"),
@@ -251,7 +265,7 @@ def wrong(tmp_path):
 
 
 MISTAKES = (
-    *("no image", "no prompt", "scenes of an image", "no scenes", "seed", "words", "keep"),
+    *("no image", "no prompt", "scenes of an image", "no scenes", "seed", "words", "room", "keep"),
     *("budget", "method", "schedule", "word", "word of scenes", "folder", "model"),
 )
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from doc_blocks import LANGUAGES, Page, blocks, commands, masked
+from doc_blocks import LANGUAGES, Page, alike, blocks, commands, masked
 
 from tools.docstrings import as_markdown
 
@@ -48,6 +48,10 @@ def test_fences_are_all_seen():
         ("```python\nassert 1 + 1 == 3\n```\n", AssertionError),
         ("<!--python\nx = 1\n-->\n```python\nassert x == 2\n```\n", AssertionError),
         ("```python\nprint('three', 3)\n```\n```text output\nfour 4\n```\n", "and the page has"),
+        ("```python\nprint(3)\n```\n```text output\n4\n```\n", "and the page has"),
+        ("```text\n$ curl http://127.0.0.1/\n```\n", "a command is"),
+        ("```text\npython -m bench.tables\n```\n", "a command is"),
+        ("```sh\ncurl http://127.0.0.1/\n```\n", "no server of this page is up"),
         ("```json\n{'a': 1}\n```\n", ValueError),
         ("```\nls\n```\n", "is none of"),
         ("```sh\nls\n```\n", "ls is not run by tests"),
@@ -71,9 +75,14 @@ def test_blocks_are_read_as_they_are_meant():
     assert shell.code == "$ one 'two three'  # four\nfive \\\n  six\n" and shell.line == 8
     assert list(commands(shell.code)) == [["one", "two three"], ["five", "six"]]
     text = "<!--python\ny = 2\n-->\n```python\nprint(y)\n```\n"
-    text += "```text output\n7\n```\n```sh gpu\nls\n```\n"
+    text += "```text output\n2\n```\n```sh gpu\nls\n```\n"
     assert Page("page").run(text) == 3
-    assert masked("a 1,234.5  ms\n-----") == masked("a 6 ms\n--")
+    assert masked("a 1,234.5  ms\n-----", True) == masked("a 6 ms\n--", True)
+    assert masked("in 1,234.5 ms, 3 MiB") == masked("in 6 ms, 12.5 MiB")
+    assert masked("3643392 bytes") != masked("3637248 bytes"), "no other number may change"
+    assert masked("a 1 model") != masked("a 2 model") and masked("1 s") != masked("1 m")
+    assert alike("a 0.248, 1", "a 0.249, 1") and not alike("a 0.248", "a 0.252")
+    assert not alike("a 0.248, 1", "a 0.248, 2") and not alike("a 0.2", "b 0.2")
     assert masked("a 1") != masked("b 1") and set(LANGUAGES) >= {"python", "sh"}
 
 

@@ -10,6 +10,8 @@ import pytest
 
 from bench import eval_pocket
 from restore_ext.pocket import load_pocket
+from restore_ext.pocket.answers import kept as kept_answers
+from restore_ext.pocket.answers import unpack
 from restore_ext.pocket.eval import Batch, Configuration, add, answer, configurations
 
 QUESTIONS = 128
@@ -23,9 +25,9 @@ BROKEN = {
 
 @pytest.fixture(scope="module")
 def kept():
-    rows = eval_pocket.kept(eval_pocket.RESULTS)
+    rows = kept_answers(eval_pocket.RESULTS)
     assert rows, f"{eval_pocket.RESULTS} is of other weights: run python -m bench.eval_pocket"
-    return {name: eval_pocket.unpack(row["right"], row["questions"]) for name, row in rows.items()}
+    return {name: unpack(row["right"], row["questions"]) for name, row in rows.items()}
 
 
 @pytest.fixture(scope="module")

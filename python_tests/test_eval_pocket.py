@@ -9,7 +9,7 @@ import torch
 import restore_ext
 from bench import eval_pocket
 from restore_ext.methods import find_card, list_methods
-from restore_ext.pocket import encode, held_out, load_pocket
+from restore_ext.pocket import answers, encode, held_out, load_pocket
 from restore_ext.pocket.eval import (
     Batch,
     Configuration,
@@ -24,7 +24,7 @@ from restore_ext.pocket.eval import (
 )
 from restore_ext.pocket.scenes import ID
 from restore_ext.pocket.shared import Memory, shared_work
-from restore_ext.pocket.table import markdown
+from restore_ext.pocket.table import brief, markdown
 
 CHOSEN = [
     Configuration("full"),
@@ -116,7 +116,7 @@ def evaluate(pocket, questions, chosen, batch, right=None):
 
 def test_an_interrupted_evaluation_goes_on_to_the_same_answers(pocket):
     whole = evaluate(pocket, 7, CHOSEN, batch=3)
-    assert [len(answers) for answers in whole.values()] == [7] * 3
+    assert [len(right) for right in whole.values()] == [7] * 3
     part = evaluate(pocket, 2, CHOSEN[:2], batch=2)
     left = [(b.start, b.stop, len(b.todo)) for b in plan(7, CHOSEN, part, batch=2)]
     assert left == [(0, 2, 1), (2, 4, 3), (4, 6, 3), (6, 7, 3)]
@@ -151,10 +151,10 @@ def test_intervals_are_those_of_paired_answers():
 
 
 def test_answers_survive_the_file():
-    for answers in ([], [False, False, True], [True] * 9, [False] * 70):
-        assert eval_pocket.unpack(eval_pocket.pack(answers), len(answers)) == answers
+    for right in ([], [False, False, True], [True] * 9, [False] * 70):
+        assert answers.unpack(answers.pack(right), len(right)) == right
     with pytest.raises(ValueError, match="must hold 4 answers, got 3"):
-        eval_pocket.unpack(eval_pocket.pack([True] * 3), 4)
+        answers.unpack(answers.pack([True] * 3), 4)
 
 
 def made_up(name):
@@ -168,20 +168,24 @@ def test_the_tables_say_what_the_answers_say():
     assert "All 576 visual tokens: **1.000** ± 0.000 on 60 held-out questions" in text
     gain = difference(made_up("paper"), made_up("plain"))
     cell = f"+0.167 ± {gain.half:.3f}"
-    assert f"| 64 | divprune | 0.500 | 0.667 | {cell} | 0.667 | +0.000 ± 0.000 |" in text
-    assert f"| 128 | tome | 0.500 | 0.667 | {cell} | no anchors |  |" in text
-    assert "| 192 | holov | 0.667 | 0.667 | +0.000 ± 0.000 |" in text
-    assert f"| merge alone | {' | '.join([f'0.667 ({cell})'] * 4)} |" in text
-    assert (
-        f"| fastv | 64 | 576, 576, 64, 64 | 320 | 0.500 | 0.667 | {cell} | 0.667 ({cell}) |  |"
-        in text
+    half, more = (
+        f"{a.mean:.3f} ± {a.half:.3f}" for a in map(accuracy, map(made_up, ("plain", "paper")))
     )
-    assert (
-        f"| sparsevlm | 64 | 576, 82, 32, 18 | 177 | 0.500 | 0.667 | {cell} |  | 0.667 ({cell}) |"
-        in text
-    )
-    assert "| vtw | layer2 | 576, 576, 0, 0 | 288 | 0.500 |  |  |  |  |" in text
+    assert half.startswith("0.500 ± 0.1") and more.startswith("0.667 ± 0.1")
+    assert f"| 64 | divprune | {half} | {more} | {cell} | {more} | +0.000 ± 0.000 |" in text
+    assert f"| 128 | tome | {half} | {more} | {cell} | no anchors |  |" in text
+    assert f"| 192 | holov | {more} | {more} | +0.000 ± 0.000 |" in text
+    assert f"| merge alone | {' | '.join([f'{more} ({cell})'] * 4)} |" in text
+    restored = f"{half} | {more} | {cell}"
+    assert f"| fastv | 64 | 576, 576, 64, 64 | 320 | {restored} | {more} ({cell}) |  |" in text
+    assert f"| sparsevlm | 64 | 576, 82, 32, 18 | 177 | {restored} |  | {more} ({cell}) |" in text
+    assert f"| vtw | layer2 | 576, 576, 0, 0 | 288 | {half} |  |  |  |  |" in text
+    few = brief({c.name: made_up(c.name) for c in configurations()})
+    assert f"| 192 | tome | {half} | **{more}** | {cell} |" in few and "60 held-out" in few
+    assert "| 576 | all tokens | 1.000 ± 0.000 |  |  |" in few and "| 128 |" not in few
     assert f"| RESTORE - plain, inside the model | {cell} |" in text
+    asked = {name: made_up(name) for name in ("uniform/64/plain", "uniform/64/paper")}
+    assert f"| 64 | uniform | {restored} |  |  |" in markdown(asked), "not asked is no lack"
     assert "ablation" not in markdown({"full": made_up("full")})
 
 
@@ -194,34 +198,32 @@ def test_the_command_keeps_answers_and_they_make_the_tables(tmp_path, capsys):
     rows = json.loads(results.read_text())["rows"]
     assert {row["questions"] for row in rows.values()} == {4} and len(rows) == 3
     for name, row in first.items():
-        assert eval_pocket.unpack(rows[name]["right"], 4)[:2] == eval_pocket.unpack(row["right"], 2)
+        assert answers.unpack(rows[name]["right"], 4)[:2] == answers.unpack(row["right"], 2)
     assert all(len(row["commits"]) == 1 and row["options"] for row in rows.values())
     with pytest.raises(ValueError, match="must have 2000 answers of some configuration"):
         eval_pocket.tables(results)
     facts = json.loads(results.read_text())["made"]
-    full = {
-        c.name: eval_pocket.row(c, made_up(c.name) * 40, "abc1234", None) for c in configurations()
-    }
-    eval_pocket.save(results, facts, full)
+    full = {c.name: answers.row(c, made_up(c.name) * 40, "abc1234", None) for c in configurations()}
+    answers.save(results, facts, full)
     text = eval_pocket.tables(results)
     assert "| 64 | vispruner |" in text and "torch" in text and "commit abc1234" in text
     assert "Not asked yet" not in text
     few = {name: row for name, row in full.items() if not name.startswith("holov/64/")}
-    eval_pocket.save(results, facts, few)
+    answers.save(results, facts, few)
     assert eval_pocket.tables(results).endswith("Not asked yet, or not all: holov.")
 
 
 def test_answers_of_other_weights_or_options_are_not_mixed_in(tmp_path, capsys):
     results = tmp_path / "answers.json"
-    full = eval_pocket.row(configurations()[0], [True] * 2, "abc1234", None)
-    made = {"weights": eval_pocket.fingerprint()}
+    full = answers.row(configurations()[0], [True] * 2, "abc1234", None)
+    made = {"weights": answers.fingerprint()}
     results.write_text(json.dumps({"made": made, "rows": {"full": full}}))
-    assert eval_pocket.kept(results) == {"full": full}
+    assert answers.kept(results) == {"full": full}
     other = {**full, "options": {"layer0": "size"}}  # the name has come to mean something else
     results.write_text(json.dumps({"made": made, "rows": {"full": other}}))
-    assert eval_pocket.kept(results) == {}
+    assert answers.kept(results) == {}
     results.write_text(json.dumps({"made": {"weights": "other"}, "rows": {"full": full}}))
-    assert eval_pocket.kept(results) == {} and "other weights" in capsys.readouterr().out
+    assert answers.kept(results) == {} and "other weights" in capsys.readouterr().out
 
 
 def test_a_memory_answers_only_what_it_was_asked():

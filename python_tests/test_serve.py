@@ -120,7 +120,7 @@ def test_a_schedule_is_the_servers_own_and_no_part_of_what_a_request_names():
         ({"method": "fastv", "keep": "16"}, {"method": "fastv", "keep": 16}, (VISUAL, 16)),
         ({"method": "vtw"}, {"method": "vtw"}, (VISUAL, 0)),
         ({"keep": "600"}, {"method": "vispruner", "keep": 600}, (VISUAL, VISUAL)),
-        ({"method": "none"}, {}, (VISUAL, VISUAL)),
+        ({"method": "none", "user_id": "7", "session": "a"}, {}, (VISUAL, VISUAL)),
     ],
 )
 def test_metadata_changes_one_request(client, direct, metadata, options, left):
@@ -259,12 +259,17 @@ PNG = encoded(SCENES[0].image)
 @pytest.mark.parametrize(
     ("options", "param", "message"),
     [
-        ({"metadata": {"method": "best"}}, "metadata", "method must be one of .*'best'"),
+        (
+            {"metadata": {"method": "best"}},
+            "metadata",
+            "method must be one of none, random, .*, adsc_style, got 'best'",
+        ),
         ({"metadata": {"method": "schedule"}}, "metadata", "schedule"),
-        ({"metadata": {"keep": "0"}}, "metadata.keep", "greater than or equal to 1"),
-        ({"metadata": {"keep": "many"}}, "metadata.keep", "valid integer"),
+        ({"metadata": {"keep": "0"}}, "metadata.keep", "than or equal to 1, got '0'"),
+        ({"metadata": {"keep": "many"}}, "metadata.keep", "valid integer.*, got 'many'"),
         ({"metadata": {"restore": "perhaps"}}, "metadata.restore", "valid boolean"),
-        ({"metadata": {"kepe": "3"}}, "metadata.kepe", "not permitted"),
+        ({"metadata": {"kepe": "3"}}, "metadata", "kepe must .*method, keep, restore, got '3'"),
+        ({"metadata": {"restore_keep": "3"}}, "metadata", "restore_keep must be left out"),
         ({"metadata": {"method": "vtw", "keep": "3"}}, "metadata", "takes no budget, got 3"),
         ({"metadata": {"method": "none", "keep": "3"}}, "metadata", "left out with method none"),
         # Only the model can say so.
@@ -277,7 +282,7 @@ PNG = encoded(SCENES[0].image)
         ({"temperature": 3}, "temperature", "less than or equal to 2"),
         ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
         ({"max_tokens": 2000}, "messages", "2048 tokens together, got a prompt of"),
-        ({"extra_body": {"best_of": 3}}, "best_of", "not permitted"),
+        ({"extra_body": {"best_of": 3}}, "best_of", "the keys are model, messages.*, got 3"),
     ],
 )
 def test_a_wrong_request_is_refused(client, options, param, message):

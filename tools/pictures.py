@@ -1,6 +1,6 @@
-"""Draws the pictures of docs/how_it_works.md: python -m tools.pictures [FOLDER]
+"""Draws the pictures of how_it_works.md and diagnose.md: python -m tools.pictures [FOLDER]
 
-From the operators and the built-in model; nothing in them is drawn by hand.
+From the operators, the built-in model and what was measured; nothing in them is drawn by hand.
 """
 
 import sys
@@ -10,12 +10,17 @@ from typing import Any
 import matplotlib
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 
 import restore_ext
+from bench import diagnosed
+from restore_ext.hf.diagnosis.maps import as_picture, draw_attention, find_bases
+from restore_ext.hf.diagnosis.plots import plot_shares
 from restore_ext.pocket import encode, held_out, load_pocket
 
 FOLDER = Path("docs")
+COLOURS = 64
 SCENE, KEEP, SIDE = 5, 64, 24  # held-out scene, visual tokens, patches a side
 BLUE, ORANGE, GREY = "#2b6cb0", "#dd6b20", "#4a5568"
 # Stated here, and not read off a checkpoint: rotary embeddings of two well-known language models.
@@ -28,6 +33,23 @@ def main(folder: Path = FOLDER) -> None:
         file = folder / f"{name}.png"
         figure.savefig(file, dpi=110, metadata={"Software": None})
         print(file)
+    file = folder / "diagnose_attention.png"
+    # Few colours, for it is in the repository: a picture of patches needs no more.
+    attention().quantize(COLOURS, dither=Image.Dither.NONE).save(file, optimize=True)
+    print(file)
+
+
+def attention() -> Image.Image:
+    """Where the first scene's text and last token look, as `restore-ext diagnose` draws it."""
+    model, processor = load_pocket()
+    scene = held_out(0)
+    inputs = encode(processor, [scene.image], [scene.question.text])
+    found = restore_ext.diagnose(model, inputs, method="divprune", keep=KEEP, new_tokens=1)
+    (base,) = find_bases(model, inputs, [SIDE * SIDE])
+    assert base.grid is not None and base.pixels is not None
+    of = processor.image_processor
+    picture = as_picture(base.pixels, of.image_mean, of.image_std)
+    return draw_attention(found, 0, picture, base.grid, scene.question.text)
 
 
 def figures() -> dict[str, Figure]:
@@ -42,6 +64,7 @@ def figures() -> dict[str, Figure]:
         "positions": positions(reduction),
         "calibration": calibration(),
         "anchors": anchors(scene.image, tokens),
+        "diagnose_shares": plot_shares(diagnosed.kept("divprune")),
     }
 
 

@@ -1,4 +1,4 @@
-"""Tables of what GPUs have run: the README's numbers, and the proof, kernel by kernel."""
+"""Tables of what GPUs have run: their numbers, and the proof, kernel by kernel."""
 
 import re
 from collections.abc import Iterator
@@ -24,10 +24,7 @@ def numbers(results: Path) -> str:
             tables.append("\n".join(of_gpu(file.stem.replace("_", " "), rows)))
     if tables:
         return "\n\n".join(tables)
-    return (
-        "No GPU has run the CUDA kernels yet, so there are no numbers of them. "
-        "[docs/gpu_proof.md](docs/gpu_proof.md) is what will make them."
-    )
+    return "No GPU has run the CUDA kernels yet, so there are no numbers of them."
 
 
 def of_gpu(gpu: str, rows: list[Row]) -> Iterator[str]:

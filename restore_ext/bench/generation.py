@@ -2,9 +2,9 @@
 
 import ctypes
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from restore_ext.hf.report import Report, VisualTokens
 
 Inputs = Mapping[str, Tensor]
+Result = TypeVar("Result")
 
 
 class _Watch:
@@ -73,23 +74,23 @@ def visual_tokens(model: Any, inputs: Inputs, report: "Report | None") -> "Visua
     return VisualTokens.count(inputs["input_ids"], model.config, report)
 
 
-def peak_bytes(model: Any, inputs: Inputs, new_tokens: int) -> int | None:
-    """The most memory that an answer takes beyond what is there before; None where nobody says.
+def with_peak(run: Callable[[], Result], device: torch.device) -> tuple[Result, int | None]:
+    """What `run` gives, and the most bytes it takes beyond what is there before, all its threads
+    together; None where nobody says.
 
     On a GPU, torch's allocator says. On a CPU it is resident memory, by Linux's own high-water
     mark, after what is free has gone back to the system.
     """
-    device = inputs["input_ids"].device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        generate(model, inputs, new_tokens)
-        return torch.cuda.max_memory_allocated(device) - before
+        result = run()
+        return result, torch.cuda.max_memory_allocated(device) - before
     if not _reset_high_water():
-        return None
+        return run(), None
     before = _resident("VmRSS")
-    generate(model, inputs, new_tokens)
-    return max(0, _resident("VmHWM") - before)
+    result = run()
+    return result, max(0, _resident("VmHWM") - before)
 
 
 def _reset_high_water() -> bool:

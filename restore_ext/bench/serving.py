@@ -10,9 +10,9 @@ from typing import Any
 from restore_ext.bench.generation import (
     Inputs,
     kv_bytes,
-    peak_bytes,
     time_answer,
     time_reduction,
+    with_peak,
 )
 from restore_ext.bench.prefill import per_row, repeated
 from restore_ext.bench.rounds import Reading, Spread, ratio
@@ -30,8 +30,8 @@ COLUMNS = (
     Column("token_ms", "ms/token", spread=True),
     Column("reduction_ms", "reduction ms", spread=True),
     Column("reduction_share", "of TTFT"),
-    Column("peak_mb", "peak MB"),
-    Column("kv_kb", "KV kB"),
+    Column("peak_mib", "peak MiB", spread=True),
+    Column("kv_kib", "KV KiB"),
     Column("note", "", number=False),
 )
 ATTENTION_COLUMNS = (
@@ -43,11 +43,12 @@ ATTENTION_COLUMNS = (
 
 @dataclass
 class Seen:
-    """Readings of a way in one cell of the grid, in seconds, round by round."""
+    """Readings of a way in one cell of the grid, round by round: seconds, and bytes of `peak`."""
 
     first: list[float] = field(default_factory=list)
     token: list[float] = field(default_factory=list)
     reduction: list[float] = field(default_factory=list)
+    peak: list[float] = field(default_factory=list)
 
 
 def measure_attentions(model: Any, inputs: Inputs, rounds: int, clock: Reading) -> list[Row]:
@@ -115,7 +116,7 @@ class Serving:
             for name, way in ways.items():
                 row = rows[name] = {"way": name, "batch": str(B), "concurrency": str(C)}
                 try:
-                    row |= self._warm_up(inputs, way)
+                    row |= self._warm_up(inputs, way, C)
                 except Refused as refusal:
                     row |= {"attention": "", "note": f"refused: {refusal}"}
                 else:
@@ -135,19 +136,17 @@ class Serving:
         self.model.set_attn_implementation(name)
         return name
 
-    def _warm_up(self, inputs: Inputs, way: Way) -> Row:
+    def _warm_up(self, inputs: Inputs, way: Way, C: int) -> Row:
         """Also what needs no repetition."""
         name = self._attention(way)
         with way.attached(self.model) as handle:
             time_answer(self.model, inputs, self.following, self.clock)
             report = None if handle is None else handle.last
-            peak = peak_bytes(self.model, inputs, 1 + self.following)
             own = way is not STOCK and handle.settings.backend == "op"
             return {
                 "attention": "restore_ext" if own else name if way is STOCK else f"{name} + mask",
                 "tokens": per_row(self.model, inputs, report),
-                "peak_mb": "not measured" if peak is None else f"{peak / 2**20:.1f}",
-                "kv_kb": f"{kv_bytes(self.model, inputs) / 2**10:.0f}",
+                "kv_kib": f"{C * kv_bytes(self.model, inputs) / 2**10:.0f}",
             }
 
     def _turn(
@@ -160,18 +159,27 @@ class Serving:
             start.wait()
             return time_answer(self.model, inputs, self.following, self.clock)
 
+        def ask_all() -> list[tuple[float, float]]:
+            return [asked.result() for asked in [pool.submit(ask) for _ in range(C)]]
+
         with way.attached(self.model):
-            answers = [asked.result() for asked in [pool.submit(ask) for _ in range(C)]]
+            answers = ask_all()
             readings.first.append(sum(first for first, _ in answers) / C)
             readings.token.append(sum(token for _, token in answers) / C)
             if way is not STOCK and C == 1:  # beside others it would be a share of waiting
                 readings.reduction.append(time_reduction(self.model, inputs, self.clock))
+            # Once more: memory that was just given back to the system makes an answer slower.
+            _, peak = with_peak(ask_all, self.model.device)
+            if peak is not None:
+                readings.peak.append(peak)
 
     def _columns(self, readings: Seen, base: Sequence[float] | None) -> Row:
         first = Spread.of(readings.first)
         row = first.columns("ttft_ms", 1e3, 1)
         if self.following:
             row |= Spread.of(readings.token).columns("token_ms", 1e3)
+        if readings.peak:
+            row |= Spread.of(readings.peak).columns("peak_mib", 2.0**-20, 1)
         if base is None:
             return row
         row |= ratio(base, readings.first).columns("speedup")

@@ -1,6 +1,8 @@
 """The restore-ext command. A command's own module is imported when it is called."""
 
 import argparse
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -18,7 +20,12 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Shows the defaults that there are."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
+        if action.default is None:
+            return action.help
+        said = super()._get_help_string(action)
+        if said is not None and isinstance(action.default, list):  # as it is typed
+            return said.replace("%(default)s", ",".join(map(str, action.default)))
+        return said
 
 
 class Parser(argparse.ArgumentParser):
@@ -32,7 +39,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns 0, 2 after a one-line error on stderr, or 130 if interrupted."""
+    """Runs one command; returns 0, 2 after a one-line error on stderr, or, as a shell has it, 130
+    if interrupted and 141 if nobody reads the output any more."""
     words = sys.argv[1:] if argv is None else list(argv)
     arguments = command_parser().parse_args(words)
     arguments.words = words  # as they were typed
@@ -40,7 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         module, function = command.entry.split(":")
         getattr(import_module(f"restore_ext.cli.{module}"), function)(arguments)
+        sys.stdout.flush()
         return 0
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         return 130  # as a shell has it: 128 + SIGINT
     except UserError as error:

@@ -1,7 +1,6 @@
 """`restore-ext bench`: what reduction costs and saves on this machine."""
 
 import argparse
-import shlex
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -17,9 +16,9 @@ from restore_ext.bench.random_llava import prompt as random_prompt
 from restore_ext.bench.rounds import clock_of
 from restore_ext.bench.table import Column, Row, bars, markdown, said_of, text, write_csv
 from restore_ext.bench.ways import ways_of
-from restore_ext.cli.commands import RANDOM
+from restore_ext.cli.commands import RANDOM, typed
 from restore_ext.cli.errors import UserError, open_image
-from restore_ext.cli.load import encode_prompt, load, quiet, require_device
+from restore_ext.cli.load import check_room, encode_prompt, load, quiet, require_device
 from restore_ext.methods import list_methods
 from restore_ext.pocket import held_out, is_pocket
 from restore_ext.text import one_line
@@ -51,7 +50,7 @@ def bench(arguments: argparse.Namespace) -> None:
     made = facts.made(device, arguments.clock)  # now: what runs is what was read now
     kinds = {"model": _model, "methods": _methods, "ops": _ops, "guard": _guard}
     subject, tables, said = kinds[arguments.kind](arguments)
-    made = {"command": _command(arguments), "model": subject} | made
+    made = {"command": typed(arguments), "model": subject} | made
     tables = [replace(table, rows=[row | made for row in table.rows]) for table in tables]
     for table in tables:
         print(f"{text(table.rows, table.columns)}\n")
@@ -100,6 +99,7 @@ def _asked(arguments: argparse.Namespace) -> list[str]:
 
 def _model(arguments: argparse.Namespace) -> tuple[str, list[Table], list[str]]:
     subject, model, inputs = _subject(arguments)
+    check_room(model, inputs, 1 + arguments.new_tokens)
     clock = clock_of(arguments.clock, model.device)
     attentions = serving.measure_attentions(model, inputs, arguments.rounds, clock)
     running = [row["attention"] for row in attentions if "ttft_ms" in row]
@@ -128,7 +128,8 @@ def _model(arguments: argparse.Namespace) -> tuple[str, list[Table], list[str]]:
 
 def _methods(arguments: argparse.Namespace) -> tuple[str, list[Table], list[str]]:
     subject, model, inputs = _subject(arguments)
-    ways = ways_of(_asked(arguments), arguments.keep, model, inputs, arguments.backend)
+    methods = [*BASELINES, *_asked(arguments)]
+    ways = ways_of(methods, arguments.keep, model, inputs, arguments.backend)
     with closing(_bar(len(ways) * (1 + arguments.rounds))) as bar:
         rows = prefill.measure_prefills(
             model,
@@ -206,13 +207,10 @@ def _bar(total: int) -> Any:
     return tqdm(total=total, unit="run", leave=False)
 
 
-def _command(arguments: argparse.Namespace) -> str:
-    """What was typed, but for where the output goes."""
-    words = list(arguments.words)
-    if "--output" in words:
-        at = words.index("--output")
-        del words[at : at + 2]
-    return shlex.join(["restore-ext", *(w for w in words if not w.startswith("--output="))])
+def _label(table: Table, row: Row) -> str:
+    """What names a row of the plot: its columns, and numbers with what they count."""
+    counts = {"batch": "batch {}", "concurrency": "{} at once", "before": "{} visual tokens"}
+    return ", ".join(counts.get(k, "{}").format(row[k]) for k in table.labels)
 
 
 def _write(folder: Path, tables: Sequence[Table], said: Sequence[str]) -> None:
@@ -223,7 +221,7 @@ def _write(folder: Path, tables: Sequence[Table], said: Sequence[str]) -> None:
             parts = [markdown(table.rows, table.columns), *said, said_of(table.rows)]
             file.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
             title = f"{table.rows[0]['model']}, {table.rows[0]['machine']}"
-            shown = {", ".join(row[k] for k in table.labels): row for row in table.rows}
+            shown = {_label(table, row): row for row in table.rows}
             bars(file.with_suffix(".png"), shown, table.plot, title, table.unit, table.base)
     except OSError as error:
         raise UserError(f"--output: {folder}: {one_line(error)}") from error

@@ -1,6 +1,7 @@
 """The commands of restore-ext and their options. Nothing heavy is imported to show --help."""
 
 import argparse
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,6 +12,10 @@ METHODS = f"how tokens are picked (see restore-ext methods): {', '.join(list_met
 BACKENDS = ("op", "mask")
 DTYPES = ("float32", "bfloat16", "float16")
 CLOCKS = ("wall", "thread")
+BASELINES = "random and downsample are there in any case"
+# --min-visual-tokens of what answers: from here on a reduction paid on the largest model measured,
+# by docs/bench.md (restore-ext bench guard). What compares or looks inside spares nothing.
+GUARD = 16
 RANDOM = "random"  # the name of a model that is none
 
 
@@ -38,7 +43,7 @@ def _run(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument("--image", required=True, help="a file")
     parser.add_argument("--prompt", required=True, help="what to ask of it")
-    add_reduction(parser)
+    add_reduction(parser, GUARD)
     parser.add_argument("--max-new-tokens", type=int, help="default: the model's own, or 64")
     parser.add_argument("--no-restore", action="store_true", help="prune by the method alone")
     parser.add_argument("--compare", action="store_true", help="also all tokens, and plain pruning")
@@ -58,10 +63,33 @@ def _diagnose(parser: argparse.ArgumentParser) -> None:
 
 
 def _eval(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", choices=["pocket", "ocr"])
-    about = "how many, or lines of text for ocr (default: 2048, ocr: 512)"
-    parser.add_argument("--questions", type=int, help=about)
-    parser.add_argument("--only", default="", help="configurations whose name has this in it")
+    kinds = parser.add_subparsers(required=True, dest="model", metavar="WHAT")
+    pocket = kinds.add_parser(
+        "pocket",
+        help="the built-in model on drawn scenes",
+        description="How many held-out questions the built-in model answers right. " + _NAMES,
+    )
+    _add_questions(pocket, 256, "scenes, with a question each")
+    about = "ask every configuration (hours for 2048 questions), not only the main ones"
+    pocket.add_argument("--all", action="store_true", help=about)
+    about = "keep the answers there; a later run with it asks only what is missing"
+    pocket.add_argument("--output", metavar="FILE", help=about)
+    ocr = kinds.add_parser(
+        "ocr",
+        help="a reader on rendered lines of text",
+        description="How many lines of text the reader of docs/ocr.md reads. " + _NAMES,
+    )
+    _add_questions(ocr, 512, "lines")
+
+
+_NAMES = "Configurations are named METHOD/TOKENS/WAY; full is all tokens."
+
+
+def _add_questions(parser: argparse.ArgumentParser, default: int, what: str) -> None:
+    parser.add_argument("--questions", type=positive, default=default, help=what)
+    about = "configurations whose name has this in it, for example divprune/64 (see --list)"
+    parser.add_argument("--only", default="", help=about)
+    parser.add_argument("--list", action="store_true", help="print the names, and do nothing")
 
 
 def _search(parser: argparse.ArgumentParser) -> None:
@@ -91,7 +119,7 @@ def _search(parser: argparse.ArgumentParser) -> None:
 def _serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a hub id, a folder, or pocket")
     add_place(parser)
-    add_reduction(parser)
+    add_reduction(parser, GUARD)
     parser.add_argument("--no-restore", action="store_true", help="prune by the method alone")
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen at")
     parser.add_argument("--port", type=int, default=8000, help="0: any that is free")
@@ -130,7 +158,7 @@ def _bench_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--methods",
         default=DEFAULT_METHOD,
-        help="joined by commas; random and downsample are there in any case",
+        help=f"joined by commas; {BASELINES}",
     )
     parser.add_argument("--batch", type=positives, default=[1, 4], help="rows, joined by commas")
     about = "requests at once, a thread each on the one model, joined by commas"
@@ -141,7 +169,8 @@ def _bench_model(parser: argparse.ArgumentParser) -> None:
 
 def _bench_methods(parser: argparse.ArgumentParser) -> None:
     _add_subject(parser)
-    parser.add_argument("--methods", default="all", help="joined by commas, or all")
+    about = f"joined by commas, or all; {BASELINES}"
+    parser.add_argument("--methods", default="all", help=about)
 
 
 def _bench_ops(parser: argparse.ArgumentParser) -> None:
@@ -191,8 +220,8 @@ def add_place(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the model")
 
 
-def add_reduction(parser: argparse.ArgumentParser) -> None:
-    """Which method, its budget and the attention."""
+def add_reduction(parser: argparse.ArgumentParser, least: int = 0) -> None:
+    """Which method, its budget and the attention; `least` is the default of the guard."""
     parser.add_argument("--method", default=DEFAULT_METHOD, help=METHODS)
     about = f"visual tokens to keep, >= 1 (default: {DEFAULT_KEEP}, if the method takes a budget)"
     parser.add_argument("--keep", type=int, help=about)
@@ -202,7 +231,16 @@ def add_reduction(parser: argparse.ArgumentParser) -> None:
         "--backend", choices=BACKENDS, default="op", help="attention: our op, or torch"
     )
     about = "leave a prompt with fewer visual tokens than that as it is; 0: none"
-    parser.add_argument("--min-visual-tokens", type=not_negative, default=0, help=about)
+    parser.add_argument("--min-visual-tokens", type=not_negative, default=least, help=about)
+
+
+def typed(arguments: argparse.Namespace) -> str:
+    """The command line, but for where the output goes."""
+    words = list(arguments.words)
+    if "--output" in words:
+        at = words.index("--output")
+        del words[at : at + 2]
+    return shlex.join(["restore-ext", *(w for w in words if not w.startswith("--output="))])
 
 
 def not_negative(text: str) -> int:

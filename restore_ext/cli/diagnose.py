@@ -9,9 +9,11 @@ import matplotlib  # noqa: F401  first: where it is missing, that is said before
 from PIL import Image
 
 import restore_ext
+from restore_ext.bench import facts
+from restore_ext.cli.commands import typed
 from restore_ext.cli.errors import UserError, check_reduction, open_image
-from restore_ext.cli.load import encode_prompts, load, quiet
-from restore_ext.hf.diagnosis import Diagnosis, join
+from restore_ext.cli.load import check_room, encode_prompts, load, quiet
+from restore_ext.hf.diagnosis import Diagnosis, join, table
 from restore_ext.hf.diagnosis.maps import (
     TITLES,
     as_picture,
@@ -41,6 +43,8 @@ def diagnose(arguments: argparse.Namespace) -> None:
         raise UserError(f"--new-tokens must be at least 1, got {new_tokens}")
     folder = _folder(arguments.output)
     quiet()
+    # Now: what runs is what was read now.
+    made = {"command": typed(arguments), **facts.made(arguments.device, "wall")}
     model, processor = load(arguments.model, arguments.device, arguments.dtype)
     reduction = {
         "method": arguments.method,
@@ -53,13 +57,14 @@ def diagnose(arguments: argparse.Namespace) -> None:
     for first in range(0, len(asked), BATCH):
         pictures, questions = zip(*asked[first : first + BATCH], strict=True)
         batches.append(encode_prompts(arguments.model, processor, pictures, questions, model))
+        check_room(model, batches[-1], new_tokens)
     parts = []
     for inputs in _with_progress(batches):
         try:
             parts.append(restore_ext.diagnose(model, inputs, new_tokens=new_tokens, **reduction))
         except (ValueError, TypeError, NotImplementedError) as error:
             raise UserError(f"--model: {arguments.model}: {one_line(error)}") from error
-    summary = {"model": arguments.model, **join(parts).summary()}
+    summary = {"model": arguments.model, "made": made, **join(parts).summary()}
     _say(asked, processor, parts[0], summary)
     try:
         (folder / "diagnosis.json").write_text(json.dumps(summary, indent=1, allow_nan=False))
@@ -113,33 +118,13 @@ def _say(asked: Asked, processor: Any, first: Diagnosis, summary: dict[str, Any]
         print(f"prompt     {asked[0][1]}\nanswer     {' '.join(answer.split())}\n")
     else:
         print(f"mean of {len(asked)} scenes, ± 95 % interval\n")
-    rows = [["", "visual tokens", "distance", "cosine visual", "cosine last", "KL nats", "top-1"]]
-    several = first.answer.shape[1] > 1
-    rows[0] += ["KL answer", "top-1 answer"] if several else []
-    rows.append([TITLES["full"], _tokens(summary["full"])])
-    for name, way in summary["ways"].items():
-        found = [way["distance"]["overall"], way["cosine"]["visual"], way["cosine"]["last"]]
-        found += [way[of][when] for when in ("first", "answer")[: 1 + several] for of in _OUTPUT]
-        rows.append([TITLES[name], _tokens(way), *map(_number, found)])
+    rows = table.rows(summary, first.answer.shape[1] > 1)
     print(aligned(rows, [i > 0 for i in range(len(rows[0]))]))
+    if table.nothing_reduced(summary):
+        print("nothing was reduced: all visual tokens were kept in every layer")
     for name, reason in summary["left_out"].items():
         print(f"{TITLES[name]}: left out: {reason}")
     print()
-
-
-_OUTPUT = ("kl", "top1")
-
-
-def _tokens(run: dict[str, Any]) -> str:
-    first, last = run["visual_tokens"][0], run["visual_tokens"][-1]
-    return f"{first:.0f}" if first == last else f"{first:.0f} to {last:.0f}"
-
-
-def _number(found: dict[str, float | None]) -> str:
-    if found["mean"] is None:
-        return "-"
-    half = found["half_width"]
-    return f"{found['mean']:.3f}" if half is None else f"{found['mean']:.3f} ± {half:.3f}"
 
 
 def _draw(

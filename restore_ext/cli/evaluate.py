@@ -2,11 +2,15 @@
 
 import argparse
 from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
+from restore_ext.cli.commands import typed
 from restore_ext.cli.errors import UserError
 from restore_ext.cli.load import quiet
 from restore_ext.pocket.eval import Estimate
+from restore_ext.text import one_line
 
 Named = TypeVar("Named")
 Name = Callable[[Named], str]
@@ -14,8 +18,6 @@ Name = Callable[[Named], str]
 
 def evaluate(arguments: argparse.Namespace) -> None:
     """Prints every configuration's accuracy, then the tables."""
-    if arguments.questions is not None and arguments.questions < 1:
-        raise UserError(f"--questions must be at least 1, got {arguments.questions}")
     {"pocket": pocket, "ocr": ocr}[arguments.model](arguments)
 
 
@@ -23,21 +25,38 @@ def pocket(arguments: argparse.Namespace) -> None:
     """The built-in model on held-out questions."""
     from tqdm import tqdm
 
-    from restore_ext.pocket import load_pocket
-    from restore_ext.pocket.eval import Right, accuracy, add, answer, configurations, plan
+    from restore_ext.pocket import answers, load_pocket
+    from restore_ext.pocket.eval import accuracy, answer, configurations, main_configurations
     from restore_ext.pocket.table import markdown
 
-    questions = arguments.questions or 2048
-    chosen = _chosen(configurations(), arguments.only, lambda c: c.name)
+    some = configurations() if arguments.all or arguments.only else main_configurations()
+    chosen = _chosen(some, arguments, lambda c: c.name)
+    if arguments.list:
+        return
+    file = None if arguments.output is None else Path(arguments.output)
+    if file is not None and (file.is_dir() or not file.parent.is_dir()):
+        raise UserError(f"--output must be a file in a folder that exists, got {file}")
+    questions = arguments.questions
+    facts = answers.made(typed(arguments), 1)
     quiet()
-    model, processor = load_pocket()
-    right: Right = {}
-    with tqdm(total=questions, unit="question") as bar:
-        for batch in plan(questions, chosen, right):
-            add(right, batch, answer(model, processor, batch))
-            bar.update(batch.stop - batch.start)
-    for name, answers in right.items():
-        _say(name, accuracy(answers))
+    asked = partial(map, partial(answer, *load_pocket()))
+    with tqdm(unit="question") as bar:
+
+        def done(now: int, total: int) -> None:
+            bar.total = total
+            bar.update(now)
+
+        try:
+            right = answers.evaluate(chosen, questions, asked, file, facts, done=done)
+        except (OSError, ValueError) as error:
+            raise UserError(f"--output: {one_line(error)}") from error
+        except KeyboardInterrupt:
+            if file is None:
+                raise
+            raise UserError("stopped: the same command goes on") from None
+    right = {name: found[:questions] for name, found in right.items()}
+    for name, found in right.items():
+        _say(name, accuracy(found))
     print(f"\n{markdown(right)}")
 
 
@@ -56,8 +75,10 @@ def ocr(arguments: argparse.Namespace) -> None:
     from restore_ext.ocr.reader import load_reader
     from restore_ext.ocr.table import markdown
 
-    lines = arguments.questions or 512
-    chosen = _chosen(configurations(), arguments.only, lambda c: c.name)
+    lines = arguments.questions
+    chosen = _chosen(configurations(), arguments, lambda c: c.name)
+    if arguments.list:
+        return
     try:
         reader = load_reader()
         lengths = characters(lines)
@@ -74,10 +95,18 @@ def ocr(arguments: argparse.Namespace) -> None:
     print(f"\n{markdown(wrong, lengths)}")
 
 
-def _chosen(configurations: Sequence[Named], only: str, name: Name[Named]) -> list[Named]:
-    chosen = [c for c in configurations if only in name(c)]
+def _chosen(
+    configurations: Sequence[Named], arguments: argparse.Namespace, name: Name[Named]
+) -> list[Named]:
+    """Those that were asked for; printed, if that is what was asked."""
+    chosen = [c for c in configurations if arguments.only in name(c)]
     if not chosen:
-        raise UserError(f"--only: no configuration has {only!r} in its name")
+        raise UserError(
+            f"--only: no configuration has {arguments.only!r} in its name: "
+            f"restore-ext eval {arguments.model} --list has the names"
+        )
+    if arguments.list:
+        print("\n".join(map(name, chosen)))
     return chosen
 
 

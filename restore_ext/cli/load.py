@@ -88,6 +88,18 @@ def encode_prompts(
     return to_model(encoded, model)
 
 
+def check_room(model: Any, inputs: dict[str, Any], new_tokens: int) -> None:
+    """Raises UserError if a prompt and so many new tokens are more than the model has positions
+    for; original positions count, so fewer visual tokens make no room."""
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    length = inputs["input_ids"].shape[1]
+    if room is not None and length + new_tokens > room:
+        raise UserError(
+            f"--new-tokens must be at most {max(room - length, 0)} here: the model has {room} "
+            f"positions, and the prompt takes {length}, got {new_tokens}"
+        )
+
+
 def to_model(inputs: dict[str, Any], model: Any) -> dict[str, Any]:
     """Inputs where the model is, floats in its dtype."""
     return {

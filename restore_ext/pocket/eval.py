@@ -22,6 +22,7 @@ from restore_ext.pocket.shared import shared_work
 BUDGETS = (192, 128, 64)
 ABLATION_BUDGETS = (192, 64)
 ABLATION_METHODS = ("divprune", "vispruner")
+MAIN_BUDGETS, MAIN_METHODS = (192, 64), ("random", "divprune", "vispruner", "tome", "downsample")
 # What attach() is asked for, spelled out: its defaults follow from this table, not it from them.
 PLAIN = {"restore": False, "positions": "reindex", "calibrate": "none"}
 RESTORE = {
@@ -103,6 +104,13 @@ def _inside() -> list[Configuration]:
     for way, how in (("plain", KEPT_POSITIONS), ("calibrated", RESTORE)):
         ask("stride2", way, "adsc_style", how, options={"layers": [1, 2], "stride": 2})
     return named
+
+
+def main_configurations() -> list[Configuration]:
+    """Those that say the most, for a look: some methods plain and with RESTORE, on few tokens."""
+    cells = [f"{method}/{keep}" for keep in MAIN_BUDGETS for method in MAIN_METHODS]
+    names = {"full"} | {f"{cell}/{way}" for cell in cells for way in ("plain", "paper")}
+    return [c for c in configurations() if c.name in names]
 
 
 @dataclass(frozen=True)

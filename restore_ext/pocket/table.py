@@ -8,6 +8,8 @@ from restore_ext.pocket.eval import (
     ABLATION_BUDGETS,
     ABLATION_METHODS,
     BUDGETS,
+    MAIN_BUDGETS,
+    MAIN_METHODS,
     STEPS,
     Configuration,
     Estimate,
@@ -33,10 +35,32 @@ LADDER = {
 }
 
 
+def brief(right: Right) -> str:
+    """The few rows that say the most; answers of "full" and of those must be there."""
+    right, questions = _alike(right)
+    lines = [["576", "all tokens", _mean(right["full"]), "", ""]]
+    for keep in MAIN_BUDGETS:
+        for method in (m for m in MAIN_METHODS if find_card(m).restores):
+            plain, paper = (right[f"{method}/{keep}/{way}"] for way in ("plain", "paper"))
+            cells = [_mean(plain), f"**{_mean(paper)}**", _gain(paper, plain)]
+            lines.append([str(keep), method, *cells])
+    titles = ["visual tokens", "method", "plain", "+ RESTORE", "gain"]
+    how = (
+        f"Share of {questions} held-out questions answered right, one question a scene; ± is a "
+        "95 % interval, of a gain a paired one."
+    )
+    return f"{as_table(titles, lines)}\n\n{how}"
+
+
+def _alike(right: Right) -> tuple[Right, int]:
+    """The answers to the questions that all have answered, and how many those are."""
+    questions = min(len(answers) for answers in right.values())
+    return {name: answers[:questions] for name, answers in right.items()}, questions
+
+
 def markdown(right: Right) -> str:
     """The tables that the answers suffice for, with a line on how to read them."""
-    questions = min(len(answers) for answers in right.values())
-    right = {name: answers[:questions] for name, answers in right.items()}
+    right, questions = _alike(right)
     parts = [_full(right, questions), _main(right), _inside(right), _layer0(right)]
     parts += [_ablation(right), _pooled(right)]
     return "\n\n".join(part for part in parts if part)
@@ -58,7 +82,7 @@ def _full(right: Right, questions: int) -> str:
 
 
 def _main(right: Right) -> str:
-    lines = []
+    lines, known = [], {c.name for c in configurations()}
     for keep in BUDGETS:
         for method in list_methods():
             plain = right.get(f"{method}/{keep}/plain")
@@ -70,7 +94,8 @@ def _main(right: Right) -> str:
             if paper is None:
                 cells += [""] * 4
             elif official is None:
-                cells += [_mean(paper), _gain(paper, plain), "no anchors", ""]
+                none = "no anchors" if f"{method}/{keep}/official" not in known else ""
+                cells += [_mean(paper), _gain(paper, plain), none, ""]
             else:
                 cells += [_mean(paper), _gain(paper, plain)]
                 cells += [_mean(official), _gain(official, paper)]
@@ -158,7 +183,8 @@ def _pooled(right: Right) -> str:
 
 
 def _mean(right: Sequence[bool]) -> str:
-    return f"{accuracy(right).mean:.3f}"
+    found = accuracy(right)
+    return f"{found.mean:.3f} ± {found.half:.3f}"
 
 
 def _gain(right: Sequence[bool], base: Sequence[bool]) -> str:

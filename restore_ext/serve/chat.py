@@ -25,7 +25,7 @@ from transformers.cli.serving.utils import (
 from restore_ext.serve.engine import Answer, Engine, Work
 from restore_ext.serve.errors import RequestError, of_validation
 from restore_ext.serve.images import ImageLimits, read, require_images
-from restore_ext.serve.request import ChatRequest
+from restore_ext.serve.request import ChatRequest, keys_at
 
 NEW_TOKENS = 1024  # where neither the client nor the checkpoint says
 
@@ -71,7 +71,7 @@ class Chat(ChatCompletionHandler):
         try:
             asked = ChatRequest.model_validate_json(bytes(body))
         except ValidationError as error:
-            raise of_validation(error) from error
+            raise of_validation(error, keys_at) from error
         if asked.model != self.name:
             raise RequestError(
                 f"model: this server has {self.name}, got {asked.model}",

@@ -1,5 +1,6 @@
 """The body of /v1/chat/completions: what is taken, and what is refused rather than passed over."""
 
+from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -28,6 +29,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("auto",),
     "top_logprobs": (0,),
 }
+SLIP = 0.75  # difflib's ratio to one of our keys, from which on another is a slip of it
 # What says who asks: of no consequence here.
 IGNORED = ("user", "safety_identifier", "prompt_cache_key")
 
@@ -82,13 +84,27 @@ class Message(BaseModel):
 
 class Override(BaseModel):
     """What `metadata` changes of the server's reduction, for one request. OpenAI's client sends
-    strings."""
-
-    model_config = ConfigDict(extra="forbid")
+    strings. Its other keys are the client's own, but for what can only be a slip of one of ours."""
 
     method: str | None = None
     keep: int | None = Field(default=None, ge=1)
     restore: bool | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_slips(cls, metadata: Any) -> Any:
+        if not isinstance(metadata, dict):
+            return metadata
+        ours = list(cls.model_fields)
+        for key, value in metadata.items():
+            said = str(key).lower()
+            alike = said.startswith("restore") or get_close_matches(said, ours, 1, SLIP)
+            if alike and key not in ours:
+                raise ValueError(
+                    f"{key} must be left out, it is too much like this server's {', '.join(ours)}, "
+                    f"got {value!r}"
+                )
+        return metadata
 
 
 class StreamOptions(BaseModel):
@@ -135,3 +151,13 @@ class ChatRequest(BaseModel):
         """The URLs of all pictures, in order."""
         parts = [part for message in self.messages for part in message.content]
         return [part.image_url.url for part in parts if isinstance(part, ImagePart)]
+
+
+def keys_at(place: tuple[int | str, ...]) -> list[str]:
+    """The keys that the object at this place of the body may have."""
+    if not place:
+        return [*ChatRequest.model_fields, *NEUTRAL, *IGNORED]
+    if place[-1] == "text":
+        return [*TextPart.model_fields]
+    part = ImageURL if place[-2:] == ("image_url", "image_url") else ImagePart
+    return [*part.model_fields]

@@ -106,6 +106,8 @@ def draw_attention(
         for name, value in values.items():
             who = {"text": "the text", "last": "the last token"}[queries]
             note = f"{who} spends {float(value.sum()):.3f} of its attention here"
+            if name == "full":  # which is the scale of the row
+                note = f"{who} spends {float(value.sum()):.3f} here, {most:.4f} where brightest"
             panels.append(Panel(TITLES[name], note, heat=Heat(value.tolist(), most)))
     return explain(picture, heading, panels, grid=grid, columns=len(runs))
 
@@ -115,4 +117,6 @@ def _said_of(reduction: Reduction) -> str:
     said = f"{kept} kept"
     if merged:
         said += f"; {merged} merged: a colour each, a dot where it stands"
+    if len(reduction.group[0]) == kept:
+        return f"all {kept} kept"
     return said if merged else f"{said}, the rest dropped"
