@@ -162,7 +162,7 @@ def made(a: argparse.Namespace) -> dict[str, Any]:
         "command": f"python -m bench.search_pocket --only {a.only}".removesuffix(" --only "),
         "search questions": a.search_questions,
         "weights": fingerprint(),
-        "machine": f"{machine('cpu')}, {a.workers} processes",
+        "machine": f"{machine('cpu')}, {a.workers} process{'es' * (a.workers != 1)}",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }

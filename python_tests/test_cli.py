@@ -220,6 +220,10 @@ def wrong(tmp_path):
         "prompt word": ([*run, "pocket", "--prompt", "is it a cat ?"], "does not know 'it', 'cat'"),
         "new tokens": ([*run, "pocket", "--max-new-tokens", "0"], "--max-new-tokens must be at"),
         "device": ([*run, "pocket", "--device", "teapot"], "--device: teapot cannot be used"),
+        "device of diagnose": (
+            ["diagnose", "--model", "pocket", "--device", "teapot", "--output", str(tmp_path)],
+            "--device: teapot cannot be used",
+        ),
         "empty folder": ([*run, str(empty)], f"the folder {empty} has no config.json"),
         "no folder": ([*run, "./nowhere"], "--model: ./nowhere is not a folder with a model"),
         "alien": ([*run, str(alien)], f"--model: {alien} cannot be loaded"),

@@ -52,6 +52,7 @@ def words(runner, indices, attached=True):
     [
         ({"keeep": 64}, "no argument keeep; of the model: pretrained"),
         ({"method": "best"}, "method must be one of .*none, got 'best'"),
+        ({"method": "schedule"}, "method must be one of .*none, got 'schedule'"),
         ({"keep": 0}, "keep must be an int >= 1, got 0"),
         ({"keep": "many"}, "keep must be"),
         ({"restore": "yes"}, "restore must be True or False, got 'yes'"),
@@ -154,7 +155,8 @@ def test_generation_options_are_those_of_the_task():
         "top_p": 0.9,
         "max_new_tokens": 5,
     }
-    for wrong in ({"until": [""]}, {"max_new_tokens": 0}, {"temperature": -1}):
+    more = {"temperature": -1}, {"num_return_sequences": 2}
+    for wrong in ({"until": [""]}, {"max_new_tokens": 0}, *more):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             Generation.of(wrong, 5)
 

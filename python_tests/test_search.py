@@ -21,7 +21,15 @@ from restore_ext.search import (
 from restore_ext.search.budget import FlopsBudget
 from restore_ext.search.psigmoid import STARTS, constant
 from restore_ext.search.trials import Trial, Trials
-from restore_ext.testing.models import ONE_IMAGE, RAGGED, TWO_IMAGES, make_inputs, tiny_model
+from restore_ext.testing.models import (
+    ONE_IMAGE,
+    RAGGED,
+    TWO_IMAGES,
+    Picture,
+    Video,
+    make_inputs,
+    tiny_model,
+)
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +63,14 @@ class Counting:
 
 
 # --- the whole search
+
+
+@pytest.mark.parametrize("pictures", [[], [Picture(height=8, width=8)]], ids=["alone", "mixed"])
+def test_a_schedule_is_found_of_videos_too(pictures):
+    video = tiny_model("qwen2_vl")
+    inputs = make_inputs("qwen2_vl", [(5, *pictures, 2, Video(frames=3, height=8, width=8), 4)])
+    found = find_schedule(video, [(inputs, 7)], log_likelihood, budget=0.8, trials=3)
+    assert found.flops <= 0.8 and found.tokens[0] > found.tokens[-1], found
 
 
 def test_psigmoid_keeps_to_its_budget_and_finds_no_worse_than_constant(model, examples, tmp_path):

@@ -3,10 +3,14 @@
 What is right for positions is what attach() does. The rest is tested by make test-vllm.
 """
 
+import sys
+import types
+
 import pytest
 import torch
 
 from restore_ext import reduce_tokens
+from restore_ext.integrations.vllm import register
 from restore_ext.integrations.vllm.options import DEFAULTS, cache_key, read_options, tokens_left
 from restore_ext.integrations.vllm.rows import (
     BASE,
@@ -162,3 +166,9 @@ class TestOptions:
     def test_refuses(self, given, error, said):
         with pytest.raises(error, match=said):
             read_options(given, axes=1)
+
+
+def test_another_vllm_is_left_alone(monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "vllm", types.ModuleType("vllm"))
+    register()
+    assert "leaves this one alone" in caplog.text

@@ -12,7 +12,7 @@ import restore_ext
 from restore_ext.bench import facts
 from restore_ext.cli.commands import typed
 from restore_ext.cli.errors import UserError, check_reduction, open_image
-from restore_ext.cli.load import check_room, encode_prompts, load, quiet
+from restore_ext.cli.load import check_room, encode_prompts, load, quiet, require_device
 from restore_ext.hf.diagnosis import Diagnosis, join, table
 from restore_ext.hf.diagnosis.maps import (
     TITLES,
@@ -41,10 +41,11 @@ def diagnose(arguments: argparse.Namespace) -> None:
         new_tokens = 1 if pocket else DEFAULT_NEW_TOKENS
     elif new_tokens < 1:
         raise UserError(f"--new-tokens must be at least 1, got {new_tokens}")
+    device = require_device(arguments.device)
     folder = _folder(arguments.output)
     quiet()
     # Now: what runs is what was read now.
-    made = {"command": typed(arguments), **facts.made(arguments.device, "wall")}
+    made = {"command": typed(arguments), **facts.made(device, "wall")}
     model, processor = load(arguments.model, arguments.device, arguments.dtype)
     reduction = {
         "method": arguments.method,

@@ -1,6 +1,7 @@
 """`restore-ext eval`: accuracy of every way of reducing tokens, with intervals."""
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -51,9 +52,9 @@ def pocket(arguments: argparse.Namespace) -> None:
         except (OSError, ValueError) as error:
             raise UserError(f"--output: {one_line(error)}") from error
         except KeyboardInterrupt:
-            if file is None:
-                raise
-            raise UserError("stopped: the same command goes on") from None
+            if file is not None:
+                print("stopped: the same command goes on", file=sys.stderr)
+            raise
     right = {name: found[:questions] for name, found in right.items()}
     for name, found in right.items():
         _say(name, accuracy(found))

@@ -35,7 +35,8 @@ def load(
     """
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-    target = require_device(device, option="--device" if option.startswith("-") else "device")
+    command = option.startswith("-")  # else attach() says what it does without our kernels
+    target = require_device(device, "--device" if command else "device", kernels=command)
     folder = resolve(name)
     local = Path(folder).is_dir()
     if local and not (Path(folder) / "config.json").is_file():
@@ -108,14 +109,15 @@ def to_model(inputs: dict[str, Any], model: Any) -> dict[str, Any]:
     }
 
 
-def require_device(name: str, option: str = "--device") -> torch.device:
-    """The device of that name, which must be there and have our operators."""
+def require_device(name: str, option: str = "--device", kernels: bool = True) -> torch.device:
+    """The device of that name, which must be there and, with `kernels`, have our operators."""
     try:
         device = torch.device(name)
         if device.type == "meta":
             raise NotImplementedError("it holds no numbers")
         torch.empty(0, device=device)
-        require_kernels("the model", device)
+        if kernels:
+            require_kernels("the model", device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"{option}: {name} cannot be used: {one_line(error)}") from error
     return device

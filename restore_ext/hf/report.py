@@ -63,7 +63,11 @@ class Report:
 
 @dataclass(frozen=True)
 class VisualTokens:
-    """How many there are: of the prompt, in the first decoder layer and in the last."""
+    """How many there are: of the prompt, in the first decoder layer and in the last.
+
+    Separators with an image's or a video's placeholder count too: newlines of LLaVA-NeXT and
+    LLaVA-OneVision, which are always kept.
+    """
 
     prompt: int
     first_layer: int

@@ -37,6 +37,9 @@ class Generation:
             raise ValueError(f"temperature must be at least 0, got {temperature}")
         sample = options.pop("do_sample", None)
         sample = temperature > 0 and sample is not False
+        answers = options.pop("num_return_sequences", None)
+        if answers not in (None, 1):
+            raise ValueError(f"num_return_sequences must be 1, got {answers}")
         known: dict[str, Any] = {"max_new_tokens": limit, "do_sample": sample}
         for name, value in options.items():
             if not hasattr(_stock(), name):

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from restore_ext.checks import require_flag, require_one_of
-from restore_ext.hf.families import find_family
+from restore_ext.hf.families import Family, find_family
 from restore_ext.hf.handle import attach, handle_of
+from restore_ext.hf.visuals import kinds_of, pixels_of
 from restore_ext.search.cost import Counts, Shape
 from restore_ext.search.score import Inputs, Score
 from restore_ext.stages.stage import SCORES
@@ -51,7 +52,7 @@ class Problem:
         if taken := sorted(NOT_OPTIONS & self.options.keys()):
             raise ValueError(f"options must leave what is reduced to the search, got {taken}")
         self.depth, self.first = len(family.lm.layers), family.first_cut
-        self.examples = _checked(examples)
+        self.examples = _checked(examples, family)
         with self.attached([1.0] * self.first + [0.5] * (self.depth - self.first)):
             pass  # what attach() refuses, it refuses now
 
@@ -144,7 +145,7 @@ def share_layers(counts: Counts, n: int) -> list[float]:
     return [round(count / n, 6) for count in counts]
 
 
-def _checked(examples: Iterable[tuple[Inputs, Any]]) -> list[tuple[Inputs, Any]]:
+def _checked(examples: Iterable[tuple[Inputs, Any]], family: Family) -> list[tuple[Inputs, Any]]:
     given = list(examples)
     if not given:
         raise ValueError("examples must be at least one (inputs, label), got none")
@@ -156,9 +157,9 @@ def _checked(examples: Iterable[tuple[Inputs, Any]]) -> list[tuple[Inputs, Any]]
             raise TypeError(
                 f"examples[{i}] must have a dict of model inputs first, got {type(inputs).__name__}"
             )
-        if inputs.get("pixel_values") is None or inputs.get("input_ids") is None:
+        if not kinds_of(family, inputs) or inputs.get("input_ids") is None:
             raise ValueError(
-                f"examples[{i}] must have input_ids and pixel_values, got {sorted(inputs)}"
+                f"examples[{i}] must have input_ids and {pixels_of(family)}, got {sorted(inputs)}"
             )
     return [(inputs, label) for inputs, label in given]
 

@@ -4,6 +4,10 @@ vLLM finds register() by the entry point `vllm.general_plugins`. A model is redu
 engine was asked to, by --hf-overrides; any other is what it is without the plug-in.
 """
 
+import logging
+
+LOGGER = logging.getLogger("restore_ext.integrations")
+
 # The class of vLLM that a config names, and ours in its place.
 ARCHITECTURES = {
     "LlavaForConditionalGeneration": "llava:RestoreLlava",
@@ -13,11 +17,19 @@ PREFIX = "Restore"  # ours is asked for by theirs with this in front
 
 
 def register() -> None:
-    """Makes the architectures known to vLLM, in every process of an engine; twice is once."""
-    from vllm import ModelRegistry
-    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+    """Makes the architectures known to vLLM, in every process of an engine; twice is once.
 
-    from restore_ext.integrations.vllm.engine import Asked, Forgotten
+    vLLM calls this wherever the package is installed, asked for or not, and an error here would end
+    any engine: another version's is left alone with a warning.
+    """
+    try:
+        from vllm import ModelRegistry
+        from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+        from restore_ext.integrations.vllm.engine import Asked, Forgotten
+    except ImportError as error:
+        LOGGER.warning("the plug-in is for vLLM 0.32 and leaves this one alone: %s", error)
+        return
 
     for stock, ours in ARCHITECTURES.items():
         ModelRegistry.register_model(PREFIX + stock, f"{__name__}.{ours}")
