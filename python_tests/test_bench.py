@@ -143,7 +143,7 @@ def test_baselines_have_their_rows_and_several_ask_at_once(qwen, monkeypatch):
     per_token = 2 * 4 * text_config.num_hidden_layers * text_config.num_key_value_heads * 32
     for (way, batch, at_once), row in cells.items():
         if way == "downsample plain":
-            assert "refused: method downsample needs a vision tower" in row["note"]
+            assert "refused: method downsample needs a token of every patch" in row["note"]
             assert "ttft_ms" not in row
             continue
         left = tokens if way == ALL_TOKENS else 5

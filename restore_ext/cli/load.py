@@ -24,19 +24,25 @@ def quiet() -> None:
 
 
 def load(
-    name: str, device: str, dtype: str, option: str = "--model", **loading: Any
+    name: str,
+    device: str,
+    dtype: str,
+    option: str = "--model",
+    device_option: str = "--device",
+    kernels: bool = True,
+    **loading: Any,
 ) -> tuple[Any, Any]:
     """(model, processor) of a hub id, a folder, or "pocket"; the model in eval mode on `device`.
 
     dtype    of the weights, or "auto": as they were saved
-    option   what an error calls the name
+    option, device_option  what an error calls the name, and the device
+    kernels  whether the device must have our operators; False where attach() is to say so
     loading  more for from_pretrained(); with a device_map, which says where, `device` is not moved
              to
     """
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-    command = option.startswith("-")  # else attach() says what it does without our kernels
-    target = require_device(device, "--device" if command else "device", kernels=command)
+    target = require_device(device, device_option, kernels)
     folder = resolve(name)
     local = Path(folder).is_dir()
     if local and not (Path(folder) / "config.json").is_file():

@@ -61,6 +61,8 @@ class Runner:
             arguments.place,
             arguments.dtype,
             option="pretrained",
+            device_option="device",
+            kernels=False,
             **arguments.loading,
         )
         if not (arguments.chat_template or getattr(self.processor, "chat_template", None)):
