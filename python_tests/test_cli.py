@@ -242,7 +242,8 @@ def wrong(tmp_path):
     "no file", "no image", "a folder", "method", "schedule", "no budget", "keep in the tower",
     "keep", "keep word",
     "repeats", "seed", "word", "output", "command", "prompt word", "new tokens",
-    "device", "empty folder", "no folder", "alien", "offline", "id", "questions", "eval output",
+    "device", "device of diagnose",
+    "empty folder", "no folder", "alien", "offline", "id", "questions", "eval output",
     "only",
 ])  # fmt: skip
 def test_a_mistake_is_said_in_one_line(mistake, tmp_path, capsys):
