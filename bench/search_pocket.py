@@ -16,15 +16,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 from tqdm import tqdm
 
 from bench.eval_pocket import answer_all
-from bench.machine import commit, machine
+from bench.machine import commit
 from restore_ext.cli.load import quiet
-from restore_ext.pocket import load_pocket
-from restore_ext.pocket.answers import fingerprint, pack, unpack
+from restore_ext.pocket import answers, load_pocket
+from restore_ext.pocket.answers import pack, unpack
 from restore_ext.pocket.eval import Configuration, Right, accuracy, add, difference, plan
 from restore_ext.pocket.shared import remembered_features
 from restore_ext.search import find_schedule, first_token, flops, log_likelihood
@@ -73,8 +71,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     right = kept(a.results, facts, asked)
     batches = [batch for batch in plan(a.questions, asked, right, BATCH) if batch.todo]
     with tqdm(total=len(batches), unit="batch") as bar:
-        for batch, answers in zip(batches, answer_all(batches, a), strict=True):
-            add(right, batch, answers)
+        for batch, given in zip(batches, answer_all(batches, a), strict=True):
+            add(right, batch, given)
             rows = [row(model.config, c, right[c.name]) for c in asked]
             said = {name: [c.name for c in others] for name, others in rivals.items()}
             save(a.results, {"made": {**facts, "commit": began}, "rivals": said, "rows": rows})
@@ -158,14 +156,8 @@ def kept(results: Path, facts: dict[str, Any], asked: Sequence[Configuration]) -
 
 def made(a: argparse.Namespace) -> dict[str, Any]:
     """With what the answers were made."""
-    return {
-        "command": f"python -m bench.search_pocket --only {a.only}".removesuffix(" --only "),
-        "search questions": a.search_questions,
-        "weights": fingerprint(),
-        "machine": f"{machine('cpu')}, {a.workers} process{'es' * (a.workers != 1)}",
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
+    command = f"python -m bench.search_pocket --only {a.only}".removesuffix(" --only ")
+    return {**answers.made(command, a.workers), "search questions": a.search_questions}
 
 
 def save(results: Path, content: dict[str, Any]) -> None:

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 
 from restore_ext import checks
-from restore_ext.methods import METHODS, TOWER_METHODS, list_methods
+from restore_ext.methods import ALL_TOKENS, METHODS, TOWER_METHODS, named_methods
 from restore_ext.reduce import DEFAULT_KEEP, DEFAULT_METHOD
 
-ALL_TOKENS = "none"  # the method that attaches nothing
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ASPECT_RATIOS = ("processor", "pad")
 # The conversations that LLaVA's own evaluation opens with, by the names it has for them.
@@ -113,9 +112,8 @@ def _reduction(options: dict[str, Any]) -> dict[str, Any] | None:
     from restore_ext.methods import find_card
 
     method = options.get("method", DEFAULT_METHOD)
-    # Counts of every layer are the argument `schedule`, with any other method in front.
-    named = [name for name in list_methods() if name != "schedule"]
-    checks.require_one_of("method", method, (*named, ALL_TOKENS))
+    # A schedule is an argument of its own, with any other method in front.
+    checks.require_one_of("method", method, (*named_methods(), ALL_TOKENS))
     if method == ALL_TOKENS:
         if more := sorted(options.keys() - {"method"}):
             raise ValueError(f"{', '.join(more)} must be left out with method {ALL_TOKENS}")

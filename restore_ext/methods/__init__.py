@@ -20,6 +20,7 @@ from restore_ext.methods.vispruner import VISPRUNER
 from restore_ext.stages import STAGE_METHODS
 
 __all__ = [
+    "ALL_TOKENS",
     "METHODS",
     "TOWER_METHODS",
     "Card",
@@ -30,6 +31,7 @@ __all__ = [
     "find_method",
     "list_methods",
     "name_of",
+    "named_methods",
 ]
 
 # What reduce_tokens does.
@@ -48,10 +50,17 @@ METHODS: dict[str, Method] = {
 # What takes a vision tower: attach() and prepare_inputs() alone.
 TOWER_METHODS: dict[str, Method] = {"tome_vit": TOME_VIT, "downsample": DOWNSAMPLE}
 
+ALL_TOKENS = "none"  # what servers and harnesses call no method at all
+
 
 def list_methods() -> list[str]:
     """The names `attach(method=...)` knows; docs/methods.md says what each needs and does."""
     return [card.name for card in cards()]
+
+
+def named_methods() -> list[str]:
+    """Those that a name and a budget ask for: all but schedule, which wants tokens by layer."""
+    return [name for name in list_methods() if name != "schedule"]
 
 
 def cards() -> list[Card]:

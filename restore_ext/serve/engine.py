@@ -18,14 +18,13 @@ from restore_ext import profiling
 from restore_ext.hf.handle import Handle
 from restore_ext.hf.report import VisualTokens
 from restore_ext.hf.settings import Settings
-from restore_ext.methods import find_card, list_methods, name_of
+from restore_ext.methods import ALL_TOKENS, find_card, name_of, named_methods
 from restore_ext.reduce import DEFAULT_KEEP
 from restore_ext.serve.errors import RequestError
 from restore_ext.serve.images import ImageLimits, decode
 from restore_ext.serve.metrics import Metrics
 from restore_ext.serve.request import Override
 
-ALL_TOKENS = "none"  # the method that leaves every token, for one request
 SCHEDULE = "schedule"
 LOGGER = logging.getLogger("restore_ext.serve")
 
@@ -141,7 +140,7 @@ class Engine:
             if override.keep is not None or override.restore is not None:
                 raise _wrong(f"keep and restore must be left out with method {ALL_TOKENS}")
             return Choice(ALL_TOKENS)
-        known = [ALL_TOKENS, *(name for name in list_methods() if name != SCHEDULE)]
+        known = [ALL_TOKENS, *named_methods()]
         if method not in (*known, SCHEDULE):
             raise _wrong(f"method must be one of {', '.join(known)}, got {method!r}")
         if method == SCHEDULE:
