@@ -135,7 +135,7 @@ def test_letters_are_asked_for_as_llava_does(kit):
         (["divprune"], "must be NAME=VALUE, got divprune"),
         (["--vlmevalkit", "/nowhere"], "--vlmevalkit must be the folder"),
         # Found out by the runner's own call, which the runner swallows.
-        (["method=schedule", "options={'layers': [9]}"], "layers"),
+        (["method=fastv", "options={'layers': [9]}"], "layers"),
     ],
 )
 def test_a_wrong_argument_is_one_line(kit, words, said, capsys):
