@@ -118,7 +118,7 @@ docs: build
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 # The hook tests under each supported transformers. Not in CI.
-matrix: build
+matrix: build build/quant/ready
 	$(BIN)/python tools/version_matrix.py
 
 # Writes every table of the README and the docs from bench/results.
@@ -126,9 +126,12 @@ tables: build
 	$(BIN)/python -m bench.tables
 
 # Models with 8-bit weights, whose libraries lie in a folder of their own.
-test-quant: build
+build/quant/ready: requirements-quant.txt $(VENV)/ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --no-deps \
 	  --target build/quant -r requirements-quant.txt
+	touch $@
+
+test-quant: build build/quant/ready
 	PYTHONPATH=build/quant $(BIN)/python -m pytest python_tests/test_hf_quantized.py
 
 # The plug-in under the real lmms-eval, which lies with its libraries in a folder of its own. Not in CI.

@@ -5,9 +5,10 @@ from functools import cache
 
 import torch
 from dense import Dense
-from hf_harness import answers, assert_close, generate, logits
+from hf_harness import answers, assert_close, forward, generate, logits
 from naive import Setting
 
+import restore_ext
 from restore_ext.hf.families import find_family
 from restore_ext.testing.models import RAGGED, Picture, Video, join_rows, make_inputs, tiny_model
 from restore_ext.testing.zoo.llava_next import TILE, packed_shape
@@ -117,3 +118,13 @@ def assert_same_bits(family: str, inputs: dict, want: list[torch.Tensor]) -> Non
 @torch.no_grad()
 def said(family: str, inputs: dict) -> list[torch.Tensor]:
     return [model(family)(**inputs).logits, logits(generate(model(family), inputs))]
+
+
+def row_totals(family: str, inputs: dict) -> dict[int, int]:
+    """The visual tokens of each row, counted by the model itself."""
+    with restore_ext.attach(model(family), method="uniform", keep=1) as handle:
+        forward(model(family), inputs)
+        totals: dict[int, int] = {}
+        for image in handle.last.images:
+            totals[image.row] = totals.get(image.row, 0) + image.tokens_before
+    return totals

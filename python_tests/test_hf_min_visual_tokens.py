@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from family_checks import ROWS, TOLERANCE, dense, model, row_inputs
+from family_checks import ROWS, TOLERANCE, dense, model, row_inputs, row_totals
 from hf_harness import answers, assert_close, forward, generate, logits
 from naive import Setting
 from naive_stages import cuts_of, setting_of
 
 import restore_ext
-from restore_ext.hf import compat
 from restore_ext.testing.models import (
     FAMILIES,
     TEXT_ONLY,
@@ -39,16 +38,6 @@ STAGES = {
     "adsc_style": {"options": {"layers": [3], "stride": 3, "offset": 1}},
     "schedule": {"options": {"layers": [1.0, 1.0, 1.0, 0.2], "merge": True}},
 }
-
-
-def row_totals(family: str, inputs: dict) -> dict[int, int]:
-    """The visual tokens of each row, counted by the model itself."""
-    with restore_ext.attach(model(family), method="uniform", keep=1) as handle:
-        forward(model(family), inputs)
-        totals: dict[int, int] = {}
-        for image in handle.last.images:
-            totals[image.row] = totals.get(image.row, 0) + image.tokens_before
-    return totals
 
 
 @each
@@ -143,22 +132,6 @@ def test_a_tower_spares_pictures(method):
     restore_ext.attach(llava, method="tome_vit", keep=3, min_visual_tokens=65).detach()
     with pytest.raises(ValueError, match="keep must be at least"):
         restore_ext.attach(llava, method="tome_vit", keep=3, min_visual_tokens=64)
-
-
-@pytest.mark.skipif(not compat.GENERATE_CARRIES_POSITIONS, reason="prepare_inputs needs 5.3")
-@pytest.mark.parametrize("family", FAMILIES)
-def test_prepared_inputs_of_too_few_are_those_that_came(family):
-    inputs = make_inputs(family, TWO_IMAGES)
-    total = row_totals(family, inputs)[0]
-    options = {"method": "uniform", "keep": 3}
-    few = restore_ext.prepare_inputs(
-        model(family), **inputs, **options, min_visual_tokens=total + 1
-    )
-    with few:
-        assert few.report is None and few["input_ids"] is inputs["input_ids"]
-        assert set(few) == set(inputs)
-    enough = restore_ext.prepare_inputs(model(family), **inputs, **options, min_visual_tokens=total)
-    assert enough.report is not None and "inputs_embeds" in enough._tensors
 
 
 def test_text_alone_stays_text_alone():

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from family_checks import row_totals
 from hf_harness import assert_close, attach, each_family, generate, logits
 
 import restore_ext
 from restore_ext.methods import TOWER_METHODS
-from restore_ext.testing.models import ONE_IMAGE, TWO_IMAGES, make_inputs, tiny_model
+from restore_ext.testing.models import FAMILIES, ONE_IMAGE, TWO_IMAGES, make_inputs, tiny_model
 
 
 @each_family
@@ -42,6 +43,32 @@ def test_the_tower_is_attachs_or_the_prepared_prompts(method):
     prepared = restore_ext.prepare_inputs(model, **inputs, method="uniform", keep=16)
     assert prepared.report.images[0].reduction.size.max() > 1  # of 64 tokens, not of 25
     assert prepared.report.images[0].reduction.kept.any()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prepared_inputs_of_too_few_are_those_that_came(family):
+    inputs = make_inputs(family, TWO_IMAGES)
+    total = row_totals(family, inputs)[0]
+    options = {"method": "uniform", "keep": 3}
+    few = restore_ext.prepare_inputs(
+        tiny_model(family), **inputs, **options, min_visual_tokens=total + 1
+    )
+    with few:
+        assert few.report is None and few["input_ids"] is inputs["input_ids"]
+        assert set(few) == set(inputs)
+    enough = restore_ext.prepare_inputs(
+        tiny_model(family), **inputs, **options, min_visual_tokens=total
+    )
+    assert enough.report is not None and "inputs_embeds" in enough._tensors
+
+
+def test_a_model_is_not_switched_inside_a_block_that_prepared_its_inputs():
+    model, inputs = tiny_model("llava"), make_inputs("llava", ONE_IMAGE)
+    handle = restore_ext.attach(model, method="vispruner", keep=9)
+    want = logits(generate(model, inputs))
+    with restore_ext.prepare_inputs(model, **inputs, keep=4), pytest.raises(RuntimeError):
+        handle.switch(handle.variant(keep=3))
+    assert torch.equal(logits(generate(model, inputs)), want)
 
 
 def generate_prepared(model, prepared):

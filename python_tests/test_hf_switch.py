@@ -61,9 +61,6 @@ def test_what_cannot_be_switched_to_changes_nothing(inputs):
         handle.switch(variant)
     assert handle.settings is settings and fingerprint(model) == attached
     assert torch.equal(forward(model, inputs), got)
-    with restore_ext.prepare_inputs(model, **inputs, keep=4), pytest.raises(RuntimeError):
-        handle.switch(handle.variant(keep=3))
-    assert torch.equal(forward(model, inputs), got)
 
 
 def test_a_method_that_does_not_fit_the_family_is_refused():

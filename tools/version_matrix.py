@@ -19,6 +19,7 @@ from pathlib import Path
 VERSIONS = ("4.57.6", "5.17.0", "5.23.0")
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build"
+QUANT = BUILD / "quant"  # the libraries of 8-bit weights, by make build/quant/ready
 TESTS = ["python_tests", "-o", "python_files=test_naive.py test_hf_*.py test_pocket.py"]
 
 
@@ -38,7 +39,7 @@ def folder(version: str) -> Path:
 
 def run(version: str, arguments: list[str]) -> dict[str, str]:
     """Runs the tests under one version; the row of the table."""
-    paths = [str(folder(version)), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    paths = [str(folder(version)), str(ROOT), str(QUANT), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     asked = "import huggingface_hub as h, transformers as t; print(t.__version__, h.__version__)"
     found = subprocess.check_output(
