@@ -174,8 +174,13 @@ def test_config_and_module_and_eval(tmp_path, capsys, monkeypatch):
     )  # nothing is asked again
     assert main([*ask, "2"]) == 0
     assert re.search(r"^uniform/64/plain +[01]\.\d{3} ± ", capsys.readouterr().out, re.M)
-    file.write_text("[]")
-    assert main([*ask, "2"]) == 2 and "must be a file of answers" in capsys.readouterr().err
+    for other in (
+        "[]",
+        '{"made": {"weights": ""}, "rows": []}',
+        '{"made": {"weights": ""}, "rows": {"a": 1}}',
+    ):
+        file.write_text(other)
+        assert main([*ask, "2"]) == 2 and "must be a file of answers" in capsys.readouterr().err
     assert main(["eval", "pocket", "--list"]) == 0
     names = capsys.readouterr().out.split()
     assert "divprune/64/paper" in names and "full" in names and 15 < len(names) < 30

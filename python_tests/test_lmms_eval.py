@@ -147,6 +147,14 @@ def test_simple_tasks_and_tasks_by_likelihood(tasks, pocket):
     assert [bool(sample["acc"]) for sample in samples] == right and any(right)
 
 
+@pytest.mark.parametrize("visual", ["clip.mp4", {"array": [0.0], "sampling_rate": 1}])
+def test_what_is_no_picture_is_refused(visual):
+    from restore_ext.integrations.lmms_eval.model import _simple
+
+    with pytest.raises(NotImplementedError, match=f"PIL images, got {type(visual).__name__}"):
+        _simple("what is it ?", [visual])
+
+
 def test_a_task_of_several_rounds_is_asked_round_by_round(tasks):
     from lmms_eval.api.instance import Instance
     from lmms_eval.models import get_model

@@ -62,14 +62,15 @@ def kept(results: Path) -> dict[str, Row]:
         return {}
     try:
         content = json.loads(results.read_text())
-        weights, rows = content["made"]["weights"], content["rows"]
-    except (ValueError, KeyError, TypeError) as error:
+        weights = content["made"]["weights"]
+        rows = {name: (row, row["options"]) for name, row in content["rows"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{results} must be a file of answers, is not one") from error
     if weights != fingerprint():
         print(f"{results} is of other weights: starting anew")
         return {}
     options = {c.name: c.options for c in configurations()}
-    return {n: row for n, row in rows.items() if row["options"] == options.get(n)}
+    return {n: row for n, (row, asked) in rows.items() if asked == options.get(n)}
 
 
 def row(configuration: Configuration, right: list[bool], commit: str, before: Row | None) -> Row:

@@ -13,6 +13,7 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from lmms_eval.protocol import ChatMessages
 from loguru import logger
+from PIL.Image import Image
 from tqdm import tqdm
 
 from restore_ext.integrations.arguments import read
@@ -162,7 +163,12 @@ def _chat(messages: Any) -> Chat:
 
 
 def _simple(text: str, visuals: Sequence[Any] | None) -> Chat:
-    content: list[dict[str, Any]] = [{"type": "image", "image": v} for v in visuals or ()]
+    content: list[dict[str, Any]] = []
+    for visual in visuals or ():
+        if not isinstance(visual, Image):  # a path is a video in lmms-eval, a dict a sound
+            what = f"got {type(visual).__name__}: {visual!r:.80}"
+            raise NotImplementedError(f"a document must be of text and PIL images, {what}")
+        content.append({"type": "image", "image": visual})
     return [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
 
 
