@@ -9,7 +9,7 @@ FEW = (
     "and not compiles and not well_formed and not small_random and not more_groups"
 )
 MERGE, LISTS = "merge_tokens_kernel.cu", "merge_tokens_lists_kernel.cu"
-PREFILL, PLAIN = "calibrated_attention_prefill_kernel.cu", "calibrated_attention_plain_kernel.cu"
+PLAIN = "calibrated_attention_plain_kernel.cu"
 DECODE, SHARED_DECODE = "calibrated_attention_decode_kernel.cu", "calibrated_attention_decode.cuh"
 DIVERSE, REACH = "select_diverse_kernel.cu", "select_diverse_reach.cuh"
 ANCHORS, RIVALS = "anchor_scores_kernel.cu", "nearest_rivals_kernel.cu"
@@ -198,34 +198,6 @@ KERNELS = [
     race("select_diverse", DIVERSE, "one slot for two picks", "slots[t % 2]", "slots[0]"),
     bug(
         "calibrated_attention",
-        PREFILL,
-        "sums keep the old maximum's scale",
-        "sum[r] = fmaf(sum[r], keep, even + odd);",
-        "sum[r] += even + odd;",
-    ),
-    bug(
-        "calibrated_attention",
-        PREFILL,
-        "sizes are left out of odd columns",
-        "e % 2 ? size.y : size.x",
-        "e % 2 ? 0.f : size.x",
-    ),
-    bug(
-        "calibrated_attention",
-        PREFILL,
-        "rows of the lower half see the upper's keys",
-        "const KeyRange own = e < 2 ? upper : lower;",
-        "const KeyRange own = upper;",
-    ),
-    bug(
-        "calibrated_attention",
-        "attention_distance.cuh",
-        "a strip begins one distance late",
-        "rho += decay_at(p, g, low + e + shift);",
-        "rho += decay_at(p, g, low + e + shift + 1);",
-    ),
-    bug(
-        "calibrated_attention",
         "attention_keys.cuh",
         "causal sees one key too many",
         "i + p.Lk - p.Lq + 1)",
@@ -237,20 +209,6 @@ KERNELS = [
         "padding's value is read",
         "__ballot_sync(~0u, x != kNever)",
         "__ballot_sync(~0u, j < seen.past)",
-    ),
-    race(
-        "calibrated_attention",
-        PREFILL,
-        "does not wait for the tile",
-        "    cp_async_wait<0>();\n    __syncthreads();  // this tile",
-        "    __syncthreads();  // this tile",
-    ),
-    race(
-        "calibrated_attention",
-        PREFILL,
-        "no barrier before a stage is overwritten",
-        "__syncthreads();  // this tile is there for all",
-        "// this tile is there for all",
     ),
     bug(
         "calibrated_attention_paged",

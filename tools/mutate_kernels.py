@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from hopper_mutants import HOPPER_KERNEL
+from attention_mutants import PREFILL_KERNELS
 from kernel_mutants import KERNELS
 from mutants import GOLDEN, INSTRUCTIONS, Mutant
 
@@ -101,7 +101,9 @@ def main() -> int:
     parser.add_argument("--list", action="store_true")
     arguments = parser.parse_args()
     chosen = [
-        m for m in [*INSTRUCTIONS, *KERNELS, *HOPPER_KERNEL] if arguments.k in f"{m.file} {m.name}"
+        m
+        for m in [*INSTRUCTIONS, *KERNELS, *PREFILL_KERNELS]
+        if arguments.k in f"{m.file} {m.name}"
     ]
     if arguments.list:
         for m in chosen:

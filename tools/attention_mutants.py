@@ -1,13 +1,15 @@
-"""Bugs in Hopper's attention kernel, for tools/mutate_kernels.py: each is caught by the tests that
-force it, run on the emulated kernel."""
+"""Bugs in the kernels of attention's prefill, the portable one and Hopper's, for
+tools/mutate_kernels.py: each is caught by the tests that force its kernel, emulated."""
 
 from mutants import Mutant
 
+PORTABLE = "calibrated_attention_prefill_kernel.cu"
 HOPPER, TILES = "calibrated_attention_hopper_kernel.cu", "attention_hopper_tiles.cuh"
 
 
 def bug(name: str, old: str, new: str, file: str = HOPPER, mode: str = "source") -> Mutant:
-    quick = "hopper and (not float16 or bfloat16) and not 96 and not 128 and not every_run"
+    kernel = "hopper" if "hopper" in file else "prefill"
+    quick = f"{kernel} and (not float16 or bfloat16) and not 96 and not 128 and not every_run"
     return Mutant(
         name,
         f"csrc/cuda/{file}",
@@ -25,7 +27,43 @@ def race(name: str, old: str, new: str, file: str = HOPPER) -> Mutant:
     return bug(name, old, new, file, "check")
 
 
-HOPPER_KERNEL = [
+PREFILL_KERNELS = [
+    bug(
+        "sums keep the old maximum's scale",
+        "sum[r] = fmaf(sum[r], keep, even + odd);",
+        "sum[r] += even + odd;",
+        PORTABLE,
+    ),
+    bug(
+        "sizes are left out of odd columns",
+        "e % 2 ? size.y : size.x",
+        "e % 2 ? 0.f : size.x",
+        PORTABLE,
+    ),
+    bug(
+        "rows of the lower half see the upper's keys",
+        "const KeyRange own = e < 2 ? upper : lower;",
+        "const KeyRange own = upper;",
+        PORTABLE,
+    ),
+    bug(
+        "a strip begins one distance late",
+        "rho += decay_at(p, g, low + e + shift);",
+        "rho += decay_at(p, g, low + e + shift + 1);",
+        "attention_distance.cuh",
+    ),
+    race(
+        "does not wait for the tile",
+        "    cp_async_wait<0>();\n    __syncthreads();  // this tile",
+        "    __syncthreads();  // this tile",
+        PORTABLE,
+    ),
+    race(
+        "no barrier before a stage is overwritten",
+        "__syncthreads();  // this tile is there for all",
+        "// this tile is there for all",
+        PORTABLE,
+    ),
     bug("sums keep the old maximum's scale", "o[i] *= keep[i >> 1 & 1];", "o[i] *= 1.f;"),
     bug("the scores are not waited for", "wgmma_wait<1>();", "wgmma_wait<2>();"),
     bug("values are free before they are cleared", "4 * kGroups + 1);", "4 * kGroups);"),
