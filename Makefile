@@ -24,7 +24,7 @@ HOOK_TESTS = $(if $(QUICK),python_tests/test_hf_decoding.py python_tests/test_hf
 QUICK ?= --quick
 FEW := not same_bits and not many and not small_random and not more_groups \
   and not 576 and not 704 and not 1024 and (not means_what or (bfloat16 and not plain))
-FEW_check := $(FEW)
+FEW_check := $(FEW) and not without_a_bias
 FEW_ptx80 := $(FEW) and not 96 and not 128 and (not float16 or bfloat16)
 FEW_ptx90a := $(FEW_ptx80)
 

@@ -44,8 +44,7 @@ def test_the_images_of_a_refused_prompt_are_forgotten(family):
 
 @each_family
 @each_backend
-@pytest.mark.parametrize("chunk", [20, 1000])
-@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize(("chunk", "beams"), [(20, 1), (20, 2), (1000, 1)])
 @pytest.mark.parametrize("options", [{"keep": 1000}, {"keep": [1000, 64]}, {"enabled": False}])
 def test_chunks_are_stocks_own_business_where_nothing_is_reduced(
     family, backend, chunk, beams, options

@@ -24,9 +24,11 @@ def test_the_pages_are_what_the_command_writes(capsys):
 
 def test_a_stale_page_is_found_and_written(monkeypatch, tmp_path, capsys):
     (tmp_path / "docs").mkdir()
-    for name in dict.fromkeys(table.page for table in tables.TABLES):
+    pages = ("docs/methods.md", "docs/families.md", "README.md")
+    for name in pages:
         shutil.copy(ROOT / name, tmp_path / name)
     monkeypatch.setattr(tables, "ROOT", tmp_path)
+    monkeypatch.setattr(tables, "TABLES", [t for t in tables.TABLES if t.page in pages])
     methods = tmp_path / "docs/methods.md"
     right = methods.read_text()
     methods.write_text(right.replace("| `vtw` |", "| `vwt` |"))
