@@ -161,6 +161,10 @@ def test_config_and_module_and_eval(tmp_path, capsys, monkeypatch):
     command = [sys.executable, "-m", "restore_ext", "config"]
     shown = subprocess.run(command, capture_output=True, text=True, check=True)
     assert re.search(r"^torch +\d", shown.stdout, re.M) and not shown.stderr
+    assert re.search(rf"^restore_ext +{re.escape(restore_ext.__version__)}$", shown.stdout, re.M)
+    with pytest.raises(SystemExit, match="^0$"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"restore_ext {restore_ext.__version__}\n"
     file = tmp_path / "answers.json"
     ask = ["eval", "pocket", "--only", "uniform/64/p", "--output", str(file), "--questions"]
     assert main([*ask, "3"]) == 0

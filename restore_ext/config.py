@@ -10,10 +10,13 @@ from restore_ext import _C
 
 def show_config() -> None:
     """Prints what this build was made with and what it runs on, one fact a line."""
+    from restore_ext import __version__
+
     archs = _C.cuda_archs or "none (CPU build)"
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     facts = {
-        "restore_ext library": _C.__file__,
+        "restore_ext": __version__,
+        "library": _C.__file__,
         "compiler": _C.compiler,
         "ABI": f"LibTorch stable, torch >= {_C.torch_target}; Python abi3",
         "CUDA archs": archs,

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, NoReturn
 
+from restore_ext import __version__
 from restore_ext.cli.commands import COMMANDS
 from restore_ext.cli.errors import UserError
 from restore_ext.text import one_line
@@ -71,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def command_parser() -> Parser:
     """Of every command and its options."""
     parser = Parser(prog="restore-ext", description="Visual token reduction with RESTORE.")
+    parser.add_argument("--version", action="version", version=f"restore_ext {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:
         own = commands.add_parser(command.name, help=command.about, description=command.about)
