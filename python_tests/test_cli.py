@@ -162,7 +162,7 @@ def test_config_and_module_and_eval(tmp_path, capsys, monkeypatch):
     shown = subprocess.run(command, capture_output=True, text=True, check=True)
     assert re.search(r"^torch +\d", shown.stdout, re.M) and not shown.stderr
     assert re.search(rf"^restore_ext +{re.escape(restore_ext.__version__)}$", shown.stdout, re.M)
-    with pytest.raises(SystemExit, match="^0$"):
+    with pytest.raises(SystemExit, match=r"^0$"):
         main(["--version"])
     assert capsys.readouterr().out == f"restore_ext {restore_ext.__version__}\n"
     file = tmp_path / "answers.json"
