@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <utility>
 #include <vector>
 
 namespace restore_ext::cpu {
@@ -123,7 +124,7 @@ struct Kernels {
 
 extern const Kernels kernels_generic;
 #if defined(__x86_64__)
-extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx2, kernels_avx512;
 #endif
 
 // The level in use: the best there is, or the one that RESTORE_EXT_CPU names.

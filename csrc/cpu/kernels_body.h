@@ -41,17 +41,29 @@ inline Floats log_of(Floats x) {
   return x < -kNever ? (x > 0.f ? y : none) : x;
 }
 
-inline float largest(Floats x) {
-  float most = x[0];
-  for (int i = 1; i < kLanes; ++i) most = x[i] > most ? x[i] : most;
-  return most;
+// Lane i + width at i.
+template <int width, int... lane>
+inline Floats moved(Floats x, std::integer_sequence<int, lane...>) {
+  return __builtin_shuffle(x, Bits{(lane + width) % kLanes...});
 }
 
-inline float total(Floats x) {
-  for (int width = kLanes / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) x[i] += x[i + width];
+template <int width = kLanes / 2>
+inline float largest(Floats x) {
+  if constexpr (width == 0) {
+    return x[0];
+  } else {
+    const Floats other = moved<width>(x, std::make_integer_sequence<int, kLanes>());
+    return largest<width / 2>(other > x ? other : x);
   }
-  return x[0];
+}
+
+template <int width = kLanes / 2>
+inline float total(Floats x) {
+  if constexpr (width == 0) {
+    return x[0];
+  } else {
+    return total<width / 2>(x + moved<width>(x, std::make_integer_sequence<int, kLanes>()));
+  }
 }
 
 // c[rows, vectors] (+)= a[kRows, inner] . b[inner, vectors]. Short sums of sums: the rounding error
@@ -110,10 +122,10 @@ void pack_panel(const float* row, int64_t stride, int64_t rows, int64_t D, float
     int64_t d = 0;
     for (; first + kLanes <= rows && d + kLanes <= D; d += kLanes) {
       Floats square[kLanes];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) square[i] = load(row + (first + i) * stride + d);
       transpose(square);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) store(to + (d + i) * kPanel, square[i]);
     }
     for (; d < D; ++d) {
