@@ -15,7 +15,7 @@ def runs(level: str) -> bool:
     return level in _C.cpu_levels.split()
 
 
-@pytest.fixture(params=["generic", "avx2", "avx512"])
+@pytest.fixture(params=["generic", "avx2", "avx512", "avx512_bf16"])
 def level(request, monkeypatch):
     if not runs(request.param):
         pytest.skip(f"this processor has no {request.param}")

@@ -18,13 +18,15 @@ const std::vector<const Kernels*>& available() {
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                       __builtin_cpu_supports("f16c");
 #ifdef RESTORE_EXT_LOWERED
-    const bool avx512 = true;
+    const bool avx512 = true, bf16 = true;
 #else
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    const bool bf16 = __builtin_cpu_supports("avx512bf16");
 #endif
     if (avx2) found.push_back(&kernels_avx2);
     if (avx2 && avx512) found.push_back(&kernels_avx512);
+    if (avx2 && avx512 && bf16) found.push_back(&kernels_avx512_bf16);
 #endif
     return found;
   }();

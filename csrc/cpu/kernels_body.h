@@ -1,6 +1,7 @@
-// Compiled once a level, after its vectors: Floats, Bits, kLanes, kVectors (of a register tile),
-// fma, broadcast, load and scalar (of float, Half and Bfloat16), store, transpose. No include
-// guard: every level_<name>.cpp takes it into its own namespace.
+// Compiled once a level, after its vectors: Floats, Bits, Integers, kLanes, kVectors (of a register
+// tile), fma, broadcast, load and scalar (of float, Half and Bfloat16), store, transpose; where a
+// level has PairKernels, fma, broadcast and load of Pair and round_vector. No include guard: every
+// level_<name>.cpp takes it into its own namespace.
 
 constexpr int kPanel = kLanes * kVectors;
 
@@ -68,10 +69,10 @@ inline float total(Floats x) {
 
 // c[rows, vectors] (+)= a[kRows, inner] . b[inner, vectors]. Short sums of sums: the rounding error
 // grows with the longer of the two, not with their product.
-template <int rows, int vectors, typename T>
-inline void tile(const float* a, int64_t a_stride, const T* b, int64_t b_stride, float* c,
+template <int rows, int vectors, typename A, typename B>
+inline void tile(const A* a, int64_t a_stride, const B* b, int64_t b_stride, float* c,
                  int64_t c_stride, int64_t inner, bool add) {
-  constexpr int64_t kTerms = 64;
+  constexpr int64_t kTerms = 64 / kTermsOf<A>;
   for (int64_t first = 0; first == 0 || first < inner; first += kTerms) {
     // Every loop over rows and vectors is unrolled: only then are the sums registers.
     Floats sum[rows][vectors];
@@ -82,12 +83,12 @@ inline void tile(const float* a, int64_t a_stride, const T* b, int64_t b_stride,
     }
     const int64_t past = std::min(first + kTerms, inner);
     for (int64_t i = first; i < past; ++i) {
-      Floats row[vectors];
+      decltype(load(b)) row[vectors];
 #pragma GCC unroll 8
       for (int v = 0; v < vectors; ++v) row[v] = load(b + i * b_stride + v * kLanes);
 #pragma GCC unroll 8
       for (int r = 0; r < rows; ++r) {
-        const Floats x = broadcast(a[r * a_stride + i]);
+        const auto x = broadcast(a[r * a_stride + i]);
 #pragma GCC unroll 8
         for (int v = 0; v < vectors; ++v) sum[r][v] = fma(x, row[v], sum[r][v]);
       }
@@ -104,8 +105,8 @@ inline void tile(const float* a, int64_t a_stride, const T* b, int64_t b_stride,
 }
 
 // The same for any number of columns in whole vectors, added to what c holds.
-template <int rows, int vectors, typename T>
-inline void tiles(const float* a, int64_t a_stride, const T* b, int64_t b_stride, float* c,
+template <int rows, int vectors, typename A, typename B>
+inline void tiles(const A* a, int64_t a_stride, const B* b, int64_t b_stride, float* c,
                   int64_t c_stride, int64_t inner, int64_t columns) {
   int64_t column = 0;
   for (; column + vectors * kLanes <= columns; column += vectors * kLanes) {
@@ -158,9 +159,9 @@ inline float bend(float* product, Range columns, float scale, float softcap) {
 }
 
 // Turns `columns` (whole vectors) of a row of products into weights exp(logit - max), and rescales
-// to the new maximum what the row has summed so far.
-inline void weigh(float* logit, const float* bias, Range columns, float scale, float softcap,
-                  float& max, float& sum, float* out, int64_t Dp) {
+// to the new maximum what the row has summed so far; returns the factor.
+inline float weigh(float* logit, const float* bias, Range columns, float scale, float softcap,
+                   float& max, float& sum, float* out, int64_t Dp) {
   const Floats never = broadcast(kNever), factor = broadcast(bend(logit, columns, scale, softcap));
   Floats most = broadcast(max);
   for (int64_t j = columns.first; j < columns.past; j += kLanes) {
@@ -177,14 +178,16 @@ inline void weigh(float* logit, const float* bias, Range columns, float scale, f
     weights += weight;
     store(logit + j, weight);
   }
+  float keep = 1;
   if (new_max > max) {
-    const float keep = std::exp(max - shift);
+    keep = std::exp(max - shift);
     sum *= keep;
     const Floats factors = broadcast(keep);
     for (int64_t d = 0; d < Dp; d += kLanes) store(out + d, load(out + d) * factors);
     max = new_max;
   }
   sum += total(weights);
+  return keep;
 }
 
 void sum_weights(float* product, const float* bias, int64_t count, float scale, float softcap,
@@ -203,10 +206,23 @@ void share_weights(float* product, const float* bias, int64_t count, float scale
   }
 }
 
-void attend(const AttendTask& t) {
+// Rounds whole vectors of weights to pairs, and gives the sum of what they became.
+template <typename T>
+inline float round_weights(const float* weight, Range columns, T* pairs) {
+  Floats sum = {};
+  for (int64_t j = columns.first; j < columns.past; j += kLanes) {
+    sum += round_vector(load(weight + j), pairs + j / kTermsOf<T>);
+  }
+  return total(sum);
+}
+
+template <typename T>
+void attend(const AttendTask<T>& t) {
+  constexpr int64_t kTerms = kTermsOf<T>;
   alignas(64) float logit[kRows * kKeys];
+  alignas(64) T pairs[kRows * kKeys / kTerms];  // of the weights; floats stay where they are
   for (int64_t first = t.hull.first / kKeys * kKeys; first < t.hull.past; first += kKeys) {
-    const float* key = t.key + first * t.D;
+    const T* key = t.key + first * t.D;
     for (int64_t row = 0; row < kQueries; row += kRows) {
       Range seen{0, 0};
       for (int r = 0; r < kRows; ++r) {
@@ -222,11 +238,26 @@ void attend(const AttendTask& t) {
                               kKeys, t.D, false);
       }
       for (int r = 0; r < kRows; ++r) {
-        weigh(logit + r * kKeys, t.bias + (row + r) * t.bias_stride + first, vectors, t.scale,
-              t.softcap, t.max[row + r], t.sum[row + r], t.out + (row + r) * t.Dp, t.Dp);
+        float* weight = logit + r * kKeys;
+        const float keep =
+            weigh(weight, t.bias + (row + r) * t.bias_stride + first, vectors, t.scale, t.softcap,
+                  t.max[row + r], t.sum[row + r], t.out + (row + r) * t.Dp, t.Dp);
+        if constexpr (kTerms > 1) {
+          float& sum = t.rounded[row + r];
+          sum = sum * keep + round_weights(weight, vectors, pairs + r * kKeys / kTerms);
+        }
       }
-      tiles<kRows, kVectors>(logit + seen.first, kKeys, t.value + (first + seen.first) * t.Dp, t.Dp,
-                             t.out + row * t.Dp, t.Dp, seen.past - seen.first, t.Dp);
+      // A key beside the first or the last one seen may make a pair with it: its weight is 0.
+      const Range terms{seen.first / kTerms, ceil_div(seen.past, kTerms)};
+      const T* weights;
+      if constexpr (kTerms > 1) {
+        weights = pairs;
+      } else {
+        weights = logit;
+      }
+      tiles<kRows, kVectors>(weights + terms.first, kKeys / kTerms,
+                             t.value + (first / kTerms + terms.first) * t.Dp, t.Dp,
+                             t.out + row * t.Dp, t.Dp, terms.past - terms.first, t.Dp);
     }
   }
 }
@@ -345,7 +376,7 @@ void widen(const uint16_t* from, float* to, int64_t count) {
 #include "kernels_rows_body.h"
 
 // What a level is made of.
-constexpr Kernels level(const char* name) {
+constexpr Kernels level(const char* name, const PairKernels* pairs = nullptr) {
   return {
       .name = name,
       .lanes = kLanes,
@@ -364,7 +395,8 @@ constexpr Kernels level(const char* name) {
       .add_log = add_log,
       .sum_weights = sum_weights,
       .share_weights = share_weights,
-      .attend = attend,
+      .attend = attend<float>,
       .decode = decode,
+      .pairs = pairs,
   };
 }
