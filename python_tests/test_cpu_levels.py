@@ -1,4 +1,7 @@
-"""The CPU operators mean the same at every level of instructions that this processor runs."""
+"""The CPU operators mean the same at every level of instructions that this processor runs, and with
+RESTORE_EXT_LIBRARY=<what tools/lowered.py prints> at those with AVX-512 too."""
+
+import os
 
 import pytest
 import torch
@@ -10,12 +13,14 @@ from restore_ext.testing.paged import PagedCase
 from restore_ext.testing.row_scores import RowScoresCase
 from restore_ext.testing.tokens import TokenCase
 
+LEVELS = ["generic", "avx2", "avx512", "avx512_bf16"]
+
 
 def runs(level: str) -> bool:
     return level in _C.cpu_levels.split()
 
 
-@pytest.fixture(params=["generic", "avx2", "avx512", "avx512_bf16"])
+@pytest.fixture(params=LEVELS)
 def level(request, monkeypatch):
     if not runs(request.param):
         pytest.skip(f"this processor has no {request.param}")
@@ -28,6 +33,26 @@ def level(request, monkeypatch):
 def test_attention(case, dtype, level):
     given = case.arguments("cpu", dtype)
     attention.assert_within_twice_sdpa(ops.calibrated_attention(**given, return_lse=True), given)
+
+
+def test_products_of_pairs_cost_little(level):
+    """Weights rounded to bfloat16: not much to the one rounding that every output takes."""
+    given = AttentionCase(Hq=8, Hkv=8, Lq=300, Lk=300, D=64).arguments("cpu", torch.bfloat16)
+    (exact, _), (plain, _) = attention.truth(given), attention.by_sdpa(given)
+    ours = ops.calibrated_attention(**given)
+    ratio = ((ours - exact).abs().mean() / (plain - exact).abs().mean()).item()
+    if level == "avx512_bf16":
+        assert 1.02 < ratio < 1.1, "weights are not rounded to nearest, or not at all"
+    else:
+        assert ratio < 1.01
+
+
+def test_subnormal_bfloat16(level):
+    """Zeros where bfloat16 is multiplied in pairs, as its instruction has it; else numbers."""
+    query = torch.full((1, 1, 50, 32), 2.0**-130, dtype=torch.bfloat16)
+    key = torch.full((1, 1, 1, 32), 2.0**126, dtype=torch.bfloat16)
+    _, lse = ops.calibrated_attention(query, key, key, causal=False, scale=1.0, return_lse=True)
+    assert torch.equal(lse, torch.full_like(lse, 0 if level == "avx512_bf16" else 2.0))
 
 
 def test_the_logarithm_of_distances(level):
@@ -126,6 +151,12 @@ def test_any_number_of_threads_gives_the_same_bits(level):
         lambda: ops.calibrated_attention_paged(**many, return_lse=True),
     ):
         testing.assert_same_bits_every_run(fn)
+
+
+@pytest.mark.skipif("RESTORE_EXT_LIBRARY" not in os.environ, reason="of tools/lowered.py's library")
+def test_a_lowered_library_runs_all_levels():
+    assert _C.__file__.endswith(os.environ["RESTORE_EXT_LIBRARY"])
+    assert _C.cpu_levels.split() == LEVELS
 
 
 def test_an_unknown_level_is_named(monkeypatch):
