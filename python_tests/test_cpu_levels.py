@@ -47,12 +47,26 @@ def test_products_of_pairs_cost_little(level):
         assert ratio < 1.01
 
 
-def test_subnormal_bfloat16(level):
+@pytest.mark.parametrize(
+    ("query", "key", "scale", "logit"),
+    [(2.0**-130, 2.0**126, 1.0, 2.0), (2.0**-70, 2.0**-70, 2.0**127, 2.0**-8)],
+    ids=["numbers", "products"],
+)
+def test_subnormals_of_bfloat16(query, key, scale, logit, level):
     """Zeros where bfloat16 is multiplied in pairs, as its instruction has it; else numbers."""
-    query = torch.full((1, 1, 50, 32), 2.0**-130, dtype=torch.bfloat16)
-    key = torch.full((1, 1, 1, 32), 2.0**126, dtype=torch.bfloat16)
-    _, lse = ops.calibrated_attention(query, key, key, causal=False, scale=1.0, return_lse=True)
-    assert torch.equal(lse, torch.full_like(lse, 0 if level == "avx512_bf16" else 2.0))
+    q = torch.full((1, 1, 50, 32), query, dtype=torch.bfloat16)
+    k = torch.full((1, 1, 1, 32), key, dtype=torch.bfloat16)
+    _, lse = ops.calibrated_attention(q, k, k, causal=False, scale=scale, return_lse=True)
+    assert torch.equal(lse, torch.full_like(lse, 0 if level == "avx512_bf16" else logit))
+
+
+def test_what_was_packed_before_is_not_read(level):
+    """The last of an odd number of keys makes a pair with nothing, whatever lay there."""
+    given = AttentionCase(B=2, Hq=2, Hkv=2, Lq=61, Lk=61, D=64).arguments("cpu", torch.bfloat16)
+    expected = ops.calibrated_attention(**given)[1]
+    given["key"][0] = torch.nan
+    given["value"][0] = torch.nan
+    assert torch.equal(ops.calibrated_attention(**given)[1], expected)
 
 
 def test_the_logarithm_of_distances(level):
