@@ -47,6 +47,16 @@ def test_products_of_pairs_cost_little(level):
         assert ratio < 1.01
 
 
+def test_the_weights_of_a_row_sum_to_one(level):
+    """All but one of the weights lose as much as rounding to bfloat16 can take: 1 / 256."""
+    weight = torch.full((1, 60), 0.5 * (1 + 0.95 / 256))
+    weight[0, 7] = 1
+    key = torch.ones(1, 1, 60, 32, dtype=torch.bfloat16)
+    query = torch.zeros(1, 1, 50, 32, dtype=torch.bfloat16)
+    out = ops.calibrated_attention(query, key, key, log_size=weight.log(), causal=False)
+    assert torch.equal(out, torch.ones_like(out))
+
+
 @pytest.mark.parametrize(
     ("query", "key", "scale", "logit"),
     [(2.0**-130, 2.0**126, 1.0, 2.0), (2.0**-70, 2.0**-70, 2.0**127, 2.0**-8)],
@@ -58,6 +68,16 @@ def test_subnormals_of_bfloat16(query, key, scale, logit, level):
     k = torch.full((1, 1, 1, 32), key, dtype=torch.bfloat16)
     _, lse = ops.calibrated_attention(q, k, k, causal=False, scale=scale, return_lse=True)
     assert torch.equal(lse, torch.full_like(lse, 0 if level == "avx512_bf16" else logit))
+
+
+@pytest.mark.skipif(not runs("avx512_bf16"), reason="this processor has no avx512_bf16")
+def test_the_odd_product_of_a_pair_is_added_first(monkeypatch):
+    """And rounded before the even one is: 1 + 2^-25 - 1 is 0. So a lowered level has to do it."""
+    monkeypatch.setenv("RESTORE_EXT_CPU", "avx512_bf16")
+    q, k = torch.zeros(1, 1, 50, 32, dtype=torch.bfloat16), torch.ones(1, 1, 1, 32).bfloat16()
+    q[..., :4] = torch.tensor([1, 0, -1, 2.0**-25])
+    _, lse = ops.calibrated_attention(q, k, k, causal=False, scale=2.0**25, return_lse=True)
+    assert torch.equal(lse, torch.zeros_like(lse))
 
 
 def test_what_was_packed_before_is_not_read(level):
