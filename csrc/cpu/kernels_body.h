@@ -45,7 +45,7 @@ inline Floats log_of(Floats x) {
 // Lane i + width at i.
 template <int width, int... lane>
 inline Floats moved(Floats x, std::integer_sequence<int, lane...>) {
-  return __builtin_shuffle(x, Bits{(lane + width) % kLanes...});
+  return Floats{x[(lane + width) % kLanes]...};
 }
 
 template <int width = kLanes / 2>
