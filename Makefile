@@ -1,6 +1,7 @@
 # make demo    environment, build, and the main job: a picture and a question, answered on 64 of 576 tokens
 # make test    environment, build, all tests that need no GPU
 # make ci      make test and test-quant (8-bit weights), and format, lint, types, packaging, a short bench, and make check-cuda
+# make test-lowered    the AVX-512 levels of the CPU kernels, on a processor with AVX2
 # make test-eval    the plug-in under the real lmms-eval, on drawn scenes
 # make check-cuda      compiles the CUDA kernels and runs them on the CPU (no GPU); -all: everything
 # make test-vllm    the vLLM plug-in under vLLM on the CPU, in an environment of its own
@@ -28,7 +29,7 @@ FEW_check := $(FEW) and not without_a_bias
 FEW_ptx80 := $(FEW) and not 96 and not 128 and (not float16 or bfloat16)
 FEW_ptx90a := $(FEW_ptx80)
 
-.PHONY: demo test test-quant test-eval test-vllm ci build docs style types wheel wheel-cuda bench-smoke cmake matrix tables pocket-table clean
+.PHONY: demo test test-lowered test-quant test-eval test-vllm ci build docs style types wheel wheel-cuda bench-smoke cmake matrix tables pocket-table clean
 .PHONY: check-abi check-cuda check-cuda-all cuda-compiles
 .PHONY: emulate-tests emulate-source emulate-check emulate-ptx80 emulate-ptx90a
 
@@ -42,7 +43,7 @@ test: build
 # all the rest runs beside them.
 ci: build
 	$(MAKE) -j$(JOBS) VENV=$(VENV) BUILT=1 \
-	  test check-cuda style types wheel cmake bench-smoke test-quant
+	  test check-cuda style types wheel cmake bench-smoke test-lowered test-quant
 
 $(VENV)/ready: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -121,6 +122,13 @@ matrix: build build/quant/ready
 # Writes every table of the README and the docs from bench/results.
 tables: build
 	$(BIN)/python -m bench.tables
+
+# The AVX-512 levels of the CPU kernels, compiled for AVX2: their own tests, and those of the operators.
+test-lowered: build
+	$(BIN)/python tools/lowered.py
+	RESTORE_EXT_LIBRARY=build/lowered/_C.abi3.so RESTORE_EXT_CPU=avx512_bf16 \
+	  $(BIN)/python -m pytest python_tests/test_cpu_levels.py $(filter-out %merge_tokens.py,$(OP_TESTS)) \
+	  -k "not generic and not avx2 and not compiles and not well_formed and not gradient and not many"
 
 # Models with 8-bit weights, whose libraries lie in a folder of their own.
 build/quant/ready: requirements-quant.txt $(VENV)/ready

@@ -3,12 +3,14 @@
 Each line holds an operator against a peer in this process, in turns, on one thread, by the thread's
 own time: the ratio is the peer's time to ours, median and 20th to 80th percentile of its rounds.
 The bars are meant for a core with AVX512-BF16, 16 bits wide; a narrower machine says what it can.
-RESTORE_EXT_CPU names the level of ours, by default the best there is. The last lines are about
+RESTORE_EXT_CPU names the level of ours (generic, avx2, avx512, avx512_bf16), by default the last of
+these that the processor runs. The last lines are about
 whole models (bench/cpu_model.py).
 """
 
 import argparse
 import json
+import os
 import shlex
 import sys
 import time
@@ -228,7 +230,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             + [word for part in a.only or () for word in ("--only", part)]
         ),
         "machine": machine("cpu"),
-        "level": _C.cpu_levels.split()[-1],
+        "level": os.environ.get("RESTORE_EXT_CPU") or _C.cpu_levels.split()[-1],
         "torch": torch.__version__,
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
         "commit": commit(),

@@ -1,4 +1,7 @@
-"""The CPU operators mean the same at every level of instructions that this processor runs."""
+"""The CPU operators mean the same at every level of instructions that this processor runs, and with
+RESTORE_EXT_LIBRARY=<what tools/lowered.py prints> at those with AVX-512 too."""
+
+import os
 
 import pytest
 import torch
@@ -10,12 +13,14 @@ from restore_ext.testing.paged import PagedCase
 from restore_ext.testing.row_scores import RowScoresCase
 from restore_ext.testing.tokens import TokenCase
 
+LEVELS = ["generic", "avx2", "avx512", "avx512_bf16"]
+
 
 def runs(level: str) -> bool:
     return level in _C.cpu_levels.split()
 
 
-@pytest.fixture(params=["generic", "avx2"])
+@pytest.fixture(params=LEVELS)
 def level(request, monkeypatch):
     if not runs(request.param):
         pytest.skip(f"this processor has no {request.param}")
@@ -28,6 +33,60 @@ def level(request, monkeypatch):
 def test_attention(case, dtype, level):
     given = case.arguments("cpu", dtype)
     attention.assert_within_twice_sdpa(ops.calibrated_attention(**given, return_lse=True), given)
+
+
+def test_products_of_pairs_cost_little(level):
+    """Weights rounded to bfloat16: not much to the one rounding that every output takes."""
+    given = AttentionCase(Hq=8, Hkv=8, Lq=300, Lk=300, D=64).arguments("cpu", torch.bfloat16)
+    (exact, _), (plain, _) = attention.truth(given), attention.by_sdpa(given)
+    ours = ops.calibrated_attention(**given)
+    ratio = ((ours - exact).abs().mean() / (plain - exact).abs().mean()).item()
+    if level == "avx512_bf16":
+        assert 1.02 < ratio < 1.1, "weights are not rounded to nearest, or not at all"
+    else:
+        assert ratio < 1.01
+
+
+def test_the_weights_of_a_row_sum_to_one(level):
+    """All but one of the weights lose as much as rounding to bfloat16 can take: 1 / 256."""
+    weight = torch.full((1, 60), 0.5 * (1 + 0.95 / 256))
+    weight[0, 7] = 1
+    key = torch.ones(1, 1, 60, 32, dtype=torch.bfloat16)
+    query = torch.zeros(1, 1, 50, 32, dtype=torch.bfloat16)
+    out = ops.calibrated_attention(query, key, key, log_size=weight.log(), causal=False)
+    assert torch.equal(out, torch.ones_like(out))
+
+
+@pytest.mark.parametrize(
+    ("query", "key", "scale", "logit"),
+    [(2.0**-130, 2.0**126, 1.0, 2.0), (2.0**-70, 2.0**-70, 2.0**127, 2.0**-8)],
+    ids=["numbers", "products"],
+)
+def test_subnormals_of_bfloat16(query, key, scale, logit, level):
+    """Zeros where bfloat16 is multiplied in pairs, as its instruction has it; else numbers."""
+    q = torch.full((1, 1, 50, 32), query, dtype=torch.bfloat16)
+    k = torch.full((1, 1, 1, 32), key, dtype=torch.bfloat16)
+    _, lse = ops.calibrated_attention(q, k, k, causal=False, scale=scale, return_lse=True)
+    assert torch.equal(lse, torch.full_like(lse, 0 if level == "avx512_bf16" else logit))
+
+
+@pytest.mark.skipif(not runs("avx512_bf16"), reason="this processor has no avx512_bf16")
+def test_the_odd_product_of_a_pair_is_added_first(monkeypatch):
+    """And rounded before the even one is: 1 + 2^-25 - 1 is 0. So a lowered level has to do it."""
+    monkeypatch.setenv("RESTORE_EXT_CPU", "avx512_bf16")
+    q, k = torch.zeros(1, 1, 50, 32, dtype=torch.bfloat16), torch.ones(1, 1, 1, 32).bfloat16()
+    q[..., :4] = torch.tensor([1, 0, -1, 2.0**-25])
+    _, lse = ops.calibrated_attention(q, k, k, causal=False, scale=2.0**25, return_lse=True)
+    assert torch.equal(lse, torch.zeros_like(lse))
+
+
+def test_what_was_packed_before_is_not_read(level):
+    """The last of an odd number of keys makes a pair with nothing, whatever lay there."""
+    given = AttentionCase(B=2, Hq=2, Hkv=2, Lq=61, Lk=61, D=64).arguments("cpu", torch.bfloat16)
+    expected = ops.calibrated_attention(**given)[1]
+    given["key"][0] = torch.nan
+    given["value"][0] = torch.nan
+    assert torch.equal(ops.calibrated_attention(**given)[1], expected)
 
 
 def test_the_logarithm_of_distances(level):
@@ -126,6 +185,12 @@ def test_any_number_of_threads_gives_the_same_bits(level):
         lambda: ops.calibrated_attention_paged(**many, return_lse=True),
     ):
         testing.assert_same_bits_every_run(fn)
+
+
+@pytest.mark.skipif("RESTORE_EXT_LIBRARY" not in os.environ, reason="of tools/lowered.py's library")
+def test_a_lowered_library_runs_all_levels():
+    assert _C.__file__.endswith(os.environ["RESTORE_EXT_LIBRARY"])
+    assert _C.cpu_levels.split() == LEVELS
 
 
 def test_an_unknown_level_is_named(monkeypatch):

@@ -89,13 +89,13 @@ void AttentionParams::add_distance(int64_t b, int64_t i, const Run& run, float* 
   }
 }
 
-void AttentionParams::finish(int64_t b, int64_t h, int64_t i, float max, float sum,
-                             float* values) const {
+void AttentionParams::finish(int64_t b, int64_t h, int64_t i, float max, float sum, float weights,
+                             const float* values) const {
   const int64_t row = (b * size.Hq + h) * size.Lq + i, D = size.D;
   lse[row] = sum == 0.f ? kNever : max + std::log(sum);
-  const float weights = sum == 0.f ? 1.f : sum;
+  const float divisor = sum == 0.f ? 1.f : weights;
   const auto write = [&]<typename T>(T* to) {
-    for (int64_t d = 0; d < D; ++d) to[d] = static_cast<T>(values[d] / weights);
+    for (int64_t d = 0; d < D; ++d) to[d] = static_cast<T>(values[d] / divisor);
   };
   switch (query.dtype) {
     case ScalarType::Half:

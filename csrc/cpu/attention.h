@@ -122,8 +122,10 @@ struct AttentionParams {
   // Adds log(2 - decay) for the distance of query i to the tokens of a run.
   void add_distance(int64_t b, int64_t i, const Run& run, float* gain) const;
 
-  // Ends a row: divides its sum of values by its sum of weights. A row that saw nothing is zeros.
-  void finish(int64_t b, int64_t h, int64_t i, float max, float sum, float* values) const;
+  // Ends a row: divides its sum of values by the sum of the weights they had, which is `sum` but
+  // for rounding. A row that saw nothing is zeros.
+  void finish(int64_t b, int64_t h, int64_t i, float max, float sum, float weights,
+              const float* values) const;
 };
 
 // The optional arguments, dense: small beside the heads, which are read where they lie. With one

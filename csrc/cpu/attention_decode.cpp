@@ -166,7 +166,7 @@ void combine(const AttentionParams& p, Partial& partial, int64_t head, int64_t r
     }
   }
   const int64_t b = head / p.size.Hkv, h = head % p.size.Hkv;
-  p.finish(b, h * repeat + r / p.size.Lq, r % p.size.Lq, most, weights, values);
+  p.finish(b, h * repeat + r / p.size.Lq, r % p.size.Lq, most, weights, weights, values);
 }
 
 }  // namespace

@@ -14,10 +14,19 @@ const std::vector<const Kernels*>& available() {
     std::vector<const Kernels*> found{&kernels_generic};
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-        __builtin_cpu_supports("f16c")) {
-      found.push_back(&kernels_avx2);
-    }
+    // Of AVX and AVX-512 it also asks whether the system keeps the registers (XCR0).
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                      __builtin_cpu_supports("f16c");
+#ifdef RESTORE_EXT_LOWERED
+    const bool avx512 = true, bf16 = true;
+#else
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    const bool bf16 = __builtin_cpu_supports("avx512bf16");
+#endif
+    if (avx2) found.push_back(&kernels_avx2);
+    if (avx2 && avx512) found.push_back(&kernels_avx512);
+    if (avx2 && avx512 && bf16) found.push_back(&kernels_avx512_bf16);
 #endif
     return found;
   }();

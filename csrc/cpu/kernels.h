@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <utility>
 #include <vector>
 
 namespace restore_ext::cpu {
@@ -34,28 +35,41 @@ inline constexpr int kKeys = 64;     // of one attention block
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// One head's queries of one task against a stretch of keys.
-struct AttendTask {
-  int64_t D, Dp;       // head size, and rounded up to whole vectors
-  const float* query;  // [kQueries, D]
-  const float* key;    // [blocks, kKeys / panel, D, panel]
-  const float* value;  // [blocks * kKeys, Dp]
-  const float* bias;   // [kQueries, bias_stride]; -inf: unseen
-  int64_t bias_stride;
-  const Range* seen;  // [kQueries]
-  Range hull;         // of `seen`
-  float scale, softcap;
-  float* out;        // [kQueries, Dp]
-  float *max, *sum;  // [kQueries]
-};
-
-enum class Element { kFloat, kHalf, kBfloat16 };
 struct Half {
   uint16_t bits;
 };
 struct Bfloat16 {
   uint16_t bits;
 };
+
+// Two bfloat16 that follow each other in a sum of products.
+struct Pair {
+  uint16_t even, odd;
+};
+template <typename T>
+inline constexpr int64_t kTermsOf = 1;
+template <>
+inline constexpr int64_t kTermsOf<Pair> = 2;
+
+// One head's queries of one task against a stretch of keys. T is float; or Pair: two channels of a
+// query or a key, and one channel of two values.
+template <typename T>
+struct AttendTask {
+  int64_t D, Dp;      // head size in T, and in floats, rounded up to whole vectors
+  const T* query;     // [kQueries, D]
+  const T* key;       // [blocks, kKeys / panel, D, panel]
+  const T* value;     // [blocks * kKeys / kTermsOf<T>, Dp]
+  const float* bias;  // [kQueries, bias_stride]; -inf: unseen
+  int64_t bias_stride;
+  const Range* seen;  // [kQueries]
+  Range hull;         // of `seen`
+  float scale, softcap;
+  float* out;        // [kQueries, Dp]
+  float *max, *sum;  // [kQueries]
+  float* rounded;    // [kQueries] of Pair: the sum of weights as they multiplied values
+};
+
+enum class Element { kFloat, kHalf, kBfloat16 };
 
 // Keys and values [count, D] in one piece each, and the first one's column among those of a task.
 struct Piece {
@@ -77,6 +91,15 @@ struct DecodeTask {
   float scale, softcap;
   float* out;        // [rows, Dp]
   float *max, *sum;  // [rows]
+};
+
+// Of a processor that multiplies bfloat16 in pairs. What is below 2^-126 is zero to it.
+struct PairKernels {
+  // to[i] = (even[i], odd[i]), rounded to nearest; whole vectors.
+  void (*interleave)(const float* even, const float* odd, int64_t count, Pair* to);
+  // A row of floats, an even number, rounded to nearest.
+  void (*round)(const float* from, int64_t count, Pair* to);
+  void (*attend)(const AttendTask<Pair>& task);
 };
 
 struct Kernels {
@@ -117,13 +140,14 @@ struct Kernels {
   // Or, once these are known, factor * exp(logit - max), and 0 where unseen.
   void (*share_weights)(float* product, const float* bias, int64_t count, float scale,
                         float softcap, float max, float factor);
-  void (*attend)(const AttendTask& task);
+  void (*attend)(const AttendTask<float>& task);
   void (*decode)(const DecodeTask& task);
+  const PairKernels* pairs;  // nullptr: bfloat16 is multiplied as float32
 };
 
 extern const Kernels kernels_generic;
 #if defined(__x86_64__)
-extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx2, kernels_avx512, kernels_avx512_bf16;
 #endif
 
 // The level in use: the best there is, or the one that RESTORE_EXT_CPU names.

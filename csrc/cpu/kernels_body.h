@@ -1,6 +1,7 @@
-// Compiled once a level, after its vectors: Floats, Bits, kLanes, kVectors (of a register tile),
-// fma, broadcast, load and scalar (of float, Half and Bfloat16), store, transpose. No include
-// guard: every level_<name>.cpp takes it into its own namespace.
+// Compiled once a level, after its vectors: Floats, Bits, Integers, kLanes, kVectors (of a register
+// tile), fma, broadcast, load and scalar (of float, Half and Bfloat16), store, transpose; where a
+// level has PairKernels, fma, broadcast and load of Pair and round_vector. No include guard: every
+// level_<name>.cpp takes it into its own namespace.
 
 constexpr int kPanel = kLanes * kVectors;
 
@@ -41,25 +42,37 @@ inline Floats log_of(Floats x) {
   return x < -kNever ? (x > 0.f ? y : none) : x;
 }
 
-inline float largest(Floats x) {
-  float most = x[0];
-  for (int i = 1; i < kLanes; ++i) most = x[i] > most ? x[i] : most;
-  return most;
+// Lane i + width at i.
+template <int width, int... lane>
+inline Floats moved(Floats x, std::integer_sequence<int, lane...>) {
+  return Floats{x[(lane + width) % kLanes]...};
 }
 
-inline float total(Floats x) {
-  for (int width = kLanes / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) x[i] += x[i + width];
+template <int width = kLanes / 2>
+inline float largest(Floats x) {
+  if constexpr (width == 0) {
+    return x[0];
+  } else {
+    const Floats other = moved<width>(x, std::make_integer_sequence<int, kLanes>());
+    return largest<width / 2>(other > x ? other : x);
   }
-  return x[0];
+}
+
+template <int width = kLanes / 2>
+inline float total(Floats x) {
+  if constexpr (width == 0) {
+    return x[0];
+  } else {
+    return total<width / 2>(x + moved<width>(x, std::make_integer_sequence<int, kLanes>()));
+  }
 }
 
 // c[rows, vectors] (+)= a[kRows, inner] . b[inner, vectors]. Short sums of sums: the rounding error
 // grows with the longer of the two, not with their product.
-template <int rows, int vectors, typename T>
-inline void tile(const float* a, int64_t a_stride, const T* b, int64_t b_stride, float* c,
+template <int rows, int vectors, typename A, typename B>
+inline void tile(const A* a, int64_t a_stride, const B* b, int64_t b_stride, float* c,
                  int64_t c_stride, int64_t inner, bool add) {
-  constexpr int64_t kTerms = 64;
+  constexpr int64_t kTerms = 64 / kTermsOf<A>;
   for (int64_t first = 0; first == 0 || first < inner; first += kTerms) {
     // Every loop over rows and vectors is unrolled: only then are the sums registers.
     Floats sum[rows][vectors];
@@ -70,12 +83,12 @@ inline void tile(const float* a, int64_t a_stride, const T* b, int64_t b_stride,
     }
     const int64_t past = std::min(first + kTerms, inner);
     for (int64_t i = first; i < past; ++i) {
-      Floats row[vectors];
+      decltype(load(b)) row[vectors];
 #pragma GCC unroll 8
       for (int v = 0; v < vectors; ++v) row[v] = load(b + i * b_stride + v * kLanes);
 #pragma GCC unroll 8
       for (int r = 0; r < rows; ++r) {
-        const Floats x = broadcast(a[r * a_stride + i]);
+        const auto x = broadcast(a[r * a_stride + i]);
 #pragma GCC unroll 8
         for (int v = 0; v < vectors; ++v) sum[r][v] = fma(x, row[v], sum[r][v]);
       }
@@ -92,8 +105,8 @@ inline void tile(const float* a, int64_t a_stride, const T* b, int64_t b_stride,
 }
 
 // The same for any number of columns in whole vectors, added to what c holds.
-template <int rows, int vectors, typename T>
-inline void tiles(const float* a, int64_t a_stride, const T* b, int64_t b_stride, float* c,
+template <int rows, int vectors, typename A, typename B>
+inline void tiles(const A* a, int64_t a_stride, const B* b, int64_t b_stride, float* c,
                   int64_t c_stride, int64_t inner, int64_t columns) {
   int64_t column = 0;
   for (; column + vectors * kLanes <= columns; column += vectors * kLanes) {
@@ -110,10 +123,10 @@ void pack_panel(const float* row, int64_t stride, int64_t rows, int64_t D, float
     int64_t d = 0;
     for (; first + kLanes <= rows && d + kLanes <= D; d += kLanes) {
       Floats square[kLanes];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) square[i] = load(row + (first + i) * stride + d);
       transpose(square);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) store(to + (d + i) * kPanel, square[i]);
     }
     for (; d < D; ++d) {
@@ -146,9 +159,9 @@ inline float bend(float* product, Range columns, float scale, float softcap) {
 }
 
 // Turns `columns` (whole vectors) of a row of products into weights exp(logit - max), and rescales
-// to the new maximum what the row has summed so far.
-inline void weigh(float* logit, const float* bias, Range columns, float scale, float softcap,
-                  float& max, float& sum, float* out, int64_t Dp) {
+// to the new maximum what the row has summed so far; returns the factor.
+inline float weigh(float* logit, const float* bias, Range columns, float scale, float softcap,
+                   float& max, float& sum, float* out, int64_t Dp) {
   const Floats never = broadcast(kNever), factor = broadcast(bend(logit, columns, scale, softcap));
   Floats most = broadcast(max);
   for (int64_t j = columns.first; j < columns.past; j += kLanes) {
@@ -165,14 +178,16 @@ inline void weigh(float* logit, const float* bias, Range columns, float scale, f
     weights += weight;
     store(logit + j, weight);
   }
+  float keep = 1;
   if (new_max > max) {
-    const float keep = std::exp(max - shift);
+    keep = std::exp(max - shift);
     sum *= keep;
     const Floats factors = broadcast(keep);
     for (int64_t d = 0; d < Dp; d += kLanes) store(out + d, load(out + d) * factors);
     max = new_max;
   }
   sum += total(weights);
+  return keep;
 }
 
 void sum_weights(float* product, const float* bias, int64_t count, float scale, float softcap,
@@ -191,33 +206,7 @@ void share_weights(float* product, const float* bias, int64_t count, float scale
   }
 }
 
-void attend(const AttendTask& t) {
-  alignas(64) float logit[kRows * kKeys];
-  for (int64_t first = t.hull.first / kKeys * kKeys; first < t.hull.past; first += kKeys) {
-    const float* key = t.key + first * t.D;
-    for (int64_t row = 0; row < kQueries; row += kRows) {
-      Range seen{0, 0};
-      for (int r = 0; r < kRows; ++r) {
-        seen = seen.hull(t.seen[row + r].within({first, first + kKeys}));
-      }
-      if (seen.empty()) continue;
-      seen = {seen.first - first, seen.past - first};
-      const Range panels{seen.first / kPanel * kPanel, round_up(seen.past, kPanel)};
-      const Range vectors{seen.first / kLanes * kLanes, round_up(seen.past, kLanes)};
-
-      for (int64_t column = panels.first; column < panels.past; column += kPanel) {
-        tile<kRows, kVectors>(t.query + row * t.D, t.D, key + column * t.D, kPanel, logit + column,
-                              kKeys, t.D, false);
-      }
-      for (int r = 0; r < kRows; ++r) {
-        weigh(logit + r * kKeys, t.bias + (row + r) * t.bias_stride + first, vectors, t.scale,
-              t.softcap, t.max[row + r], t.sum[row + r], t.out + (row + r) * t.Dp, t.Dp);
-      }
-      tiles<kRows, kVectors>(logit + seen.first, kKeys, t.value + (first + seen.first) * t.Dp, t.Dp,
-                             t.out + row * t.Dp, t.Dp, seen.past - seen.first, t.Dp);
-    }
-  }
-}
+#include "kernels_attend_body.h"
 
 // rows x keys dot products of vectors of D floats, read where they lie.
 template <int rows, int keys, typename T>
@@ -333,7 +322,7 @@ void widen(const uint16_t* from, float* to, int64_t count) {
 #include "kernels_rows_body.h"
 
 // What a level is made of.
-constexpr Kernels level(const char* name) {
+constexpr Kernels level(const char* name, const PairKernels* pairs = nullptr) {
   return {
       .name = name,
       .lanes = kLanes,
@@ -352,7 +341,8 @@ constexpr Kernels level(const char* name) {
       .add_log = add_log,
       .sum_weights = sum_weights,
       .share_weights = share_weights,
-      .attend = attend,
+      .attend = attend<float>,
       .decode = decode,
+      .pairs = pairs,
   };
 }

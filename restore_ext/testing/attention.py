@@ -248,10 +248,18 @@ def assert_within_twice_sdpa(got: tuple[Tensor, Tensor], given: dict[str, Any]) 
         if not ours.numel():
             continue
         # The logits are sums of about this size, however small what they come to.
-        scale = exact.abs() if name == "out" else exact.abs().clamp(min=exact.abs().max())
+        size = max(_terms(given), exact.abs().max().item())
+        scale = exact.abs() if name == "out" else exact.abs().clamp(min=size)
         allowed = 2 * (plain - exact).abs().max().item()
         worst = ((ours - exact).abs() - torch.finfo(ours.dtype).eps * scale).max().item()
         assert worst <= allowed, f"{name}: error {worst:.2e} past an ulp, {allowed:.2e} is allowed"
+
+
+def _terms(given: dict[str, Any]) -> float:
+    """The sum of the magnitudes of a logit's terms, on average: what its rounding errors follow."""
+    q, k = (given[name].double().abs().nanmean((0, 1, 2)) for name in ("query", "key"))
+    scale = q.numel() ** -0.5 if given["scale"] is None else abs(given["scale"])
+    return float((q * k).sum().nan_to_num(0)) * scale
 
 
 # What all that attend refuse of their bias, and what spoils the arguments of a problem with P 8.
