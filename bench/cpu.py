@@ -10,7 +10,6 @@ whole models (bench/cpu_model.py).
 
 import argparse
 import json
-import os
 import shlex
 import sys
 import time
@@ -36,8 +35,8 @@ from bench.harness import OURS, Ready, compare
 from bench.machine import commit, machine
 from bench.measured import reached
 from bench.provider import Peer, Provider, as_peer
-from restore_ext import _C
 from restore_ext.bench.plain import merged_with
+from restore_ext.config import cpu_level
 from restore_ext.testing import tokens as checks
 from restore_ext.testing.tokens import MergeCase
 
@@ -230,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             + [word for part in a.only or () for word in ("--only", part)]
         ),
         "machine": machine("cpu"),
-        "level": os.environ.get("RESTORE_EXT_CPU") or _C.cpu_levels.split()[-1],
+        "level": cpu_level(),
         "torch": torch.__version__,
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
         "commit": commit(),

@@ -8,6 +8,11 @@ import torch
 from restore_ext import _C
 
 
+def cpu_level() -> str:
+    """The level of the CPU kernels in use: the one RESTORE_EXT_CPU names, or the best there is."""
+    return os.environ.get("RESTORE_EXT_CPU") or _C.cpu_levels.split()[-1]
+
+
 def show_config() -> None:
     """Prints what this build was made with and what it runs on, one fact a line."""
     from restore_ext import __version__
@@ -23,7 +28,7 @@ def show_config() -> None:
         "torch": f"{torch.__version__} (CUDA {torch.version.cuda or 'no'})",
         "Python": platform.python_version(),
         "CPU": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "CPU features in use": os.environ.get("RESTORE_EXT_CPU") or _C.cpu_levels.split()[-1],
+        "CPU features in use": cpu_level(),
         "CPU offers": torch.backends.cpu.get_cpu_capability(),
         "GPU": gpu,
     }

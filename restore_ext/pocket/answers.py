@@ -60,17 +60,17 @@ def kept(results: Path) -> dict[str, Row]:
     """
     if not results.is_file():
         return {}
+    options = {c.name: c.options for c in configurations()}
     try:
         content = json.loads(results.read_text())
         weights = content["made"]["weights"]
-        rows = {name: (row, row["options"]) for name, row in content["rows"].items()}
+        rows = {n: row for n, row in content["rows"].items() if row["options"] == options.get(n)}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{results} must be a file of answers, is not one") from error
     if weights != fingerprint():
         print(f"{results} is of other weights: starting anew")
         return {}
-    options = {c.name: c.options for c in configurations()}
-    return {n: row for n, (row, asked) in rows.items() if asked == options.get(n)}
+    return rows
 
 
 def row(configuration: Configuration, right: list[bool], commit: str, before: Row | None) -> Row:
